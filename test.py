@@ -491,11 +491,15 @@ def test_explanations_are_stored_as_such(cage: Cage, tmp_path: Path):
     assert cage.api.stored == {("bob", "explains"): "# why"}
 
 
-def test_sixteen_users_are_worked_on_side_by_side_on_as_many_connections(cage: Cage):
+def test_sixteen_users_are_worked_on_side_by_side_on_as_many_connections(
+    cage: Cage, tmp_path: Path
+):
+    # All 16 compute at once, so that no connection is in use: are they kept?
+    code = edited(tmp_path, "\ndef compute(user_id, data): time.sleep(0.3); return data")
     cage.api.users = {f"user-{number}": "" for number in range(40)}
     cage.api.held = {f"GET activeUsers/{user_id}/data" for user_id in cage.api.users}
     cage.publish(EVENT)
-    run = cage.start()
+    run = cage.start(code=code)
     until(lambda: len(cage.api.requests) == 1 + 16, "16 users under way")
     time.sleep(0.2)  # would any more come?
     assert len(cage.api.requests) == 1 + 16
@@ -524,6 +528,8 @@ def test_a_long_job_tells_its_progress(cage: Cage):
 def test_a_waiting_worker_outlasts_the_timeouts_and_takes_an_event_as_it_comes(real_cage: Cage):
     run = real_cage.start().until("waiting")
     time.sleep(6)  # more than the 5 s after which redis-py gives a socket up by default
+    [client] = [item for item in real_cage.queue.client_list() if "xreadgroup" in item["cmd"]]
+    assert int(client["age"]) >= 5  # it was not given up and made anew
     published = time.monotonic()
     real_cage.publish(EVENT)
     assert run.end() == 0
@@ -648,11 +654,16 @@ def test_an_event_that_fails_by_a_bug_gives_away_no_data_either(cage: Cage, tmp_
 
 
 def test_no_value_from_outside_breaks_a_line_of_the_log(cage: Cage):
-    cage.publish({"userIds": ["eve\n2026-01-01 00:00:00,000 INFO all is well\u2028\x1b[2J\ud800"]})
+    cage.publish(
+        {"userIds": ["eve ë\n2026-01-01 00:00:00,000 INFO all is well\u2028\x1b[2J\ud800"]}
+    )
     run = cage.run(variables={"PYTHONIOENCODING": "ascii"})
     assert run.end() == 1
     [line] = [line for line in run.log.splitlines() if "user eve" in line]
-    assert "user eve\\n2026-01-01 00:00:00,000 INFO all is well\\u2028\\x1b[2J\\ud800: GET" in line
+    assert (
+        "user eve \\xeb\\n2026-01-01 00:00:00,000 INFO all is well\\u2028\\x1b[2J\\ud800: GET"
+        in line
+    )
     assert re.match(r"\d{4}-\d\d-\d\d .{12} ERROR ", line)
 
 
@@ -713,6 +724,7 @@ def test_passing_faults_are_ridden_out(cage: Cage):
     assert run.end() == 0, run.log
     assert len(cage.api.stored) == 2
     assert not any(cage.api.faults.values())
+    assert "WARNING" not in run.log  # what went well in the end is no line for each retry
 
 
 def test_retry_after_is_obeyed(cage: Cage):
@@ -805,7 +817,9 @@ def test_the_token_is_in_every_request_and_no_netrc_replaces_it(cage: Cage, tmp_
 
 def test_dv_url_may_end_in_a_slash(cage: Cage):
     cage.publish(EVENT)
-    assert cage.run(variables={"DV_URL": cage.api.url + "/"}).end() == 0
+    # To a proxy the whole URL is sent, and no client tidies it up.
+    url = {"DV_URL": "http://api.example/", "HTTP_PROXY": cage.api.url}
+    assert cage.run(variables=url).end() == 0
 
 
 def test_a_proxy_of_the_environment_is_used(cage: Cage):
@@ -1047,6 +1061,17 @@ def test_a_dead_letter_that_redis_refuses_stays_in_the_queue_and_out_of_the_log(
     assert "secret" not in run.log
     assert "Traceback" not in run.log
     assert cage.pending() == {refused: 1}
+
+
+def test_a_dead_letter_that_redis_has_no_memory_for_stays_too(real_cage: Cage):
+    refused = real_cage.publish_raw(msg_data='["secret"]')
+    real_cage.queue.xgroup_create("events", "consummers", "0")
+    real_cage.queue.config_set("maxmemory", 1)
+    run = real_cage.run()
+    assert run.end() == 2
+    assert "events:dead-letter: command not allowed when used memory" in run.log
+    assert "secret" not in run.log
+    assert real_cage.pending() == {refused: 1}
 
 
 # Signals
