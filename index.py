@@ -82,8 +82,13 @@ def main() -> int:
         return 2
     try:
         from process import process_event  # before an event is taken, so that an error costs none
-    except Exception as error:
-        logger.exception("not started: process.py: %s: %s", type(error).__name__, error)
+    except Stopped:
+        raise
+    except (ImportError, SyntaxError) as error:
+        logger.error("not started: process.py: %s: %s", type(error).__name__, error)
+        return 2
+    except BaseException as error:
+        logger.exception("not started: process.py: %s", describe(error))
         return 2
     try:
         with connect() as queue:
@@ -163,17 +168,15 @@ def handle(queue: redis.Redis, message: Message, process_event: Callable[[dict],
     logger.info("message %s: delivery %d of %d", message.id, message.deliveries, MAX_DELIVERIES)
     started = time.monotonic()
     try:
-        with renewed_claim(queue, message.id):
+        with renewed_claim(queue, message):
             process_event(event)
     except Stopped:
         logger.warning("message %s: stopped, left to the next worker", message.id)
-        # Made to look abandoned, so that the next worker need not wait for it.
-        idle = int(CLAIM_SECONDS * 1000)
-        queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message.id], idle=idle, justid=True)
+        hand_back(queue, message)
         raise
-    except (Exception, SystemExit) as error:  # an algorithm that calls exit() has not finished
+    except BaseException as error:  # an algorithm that calls exit() has not finished either
         reason = describe(error)
-        logger.exception("message %s: failed: %s", message.id, reason)
+        logger.error("message %s: failed: %s", message.id, reason, exc_info=not is_own(error))
         if message.deliveries == MAX_DELIVERIES:
             set_aside(queue, message, reason)
         return 1
@@ -209,17 +212,20 @@ def parse(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def renewed_claim(queue: redis.Redis, message_id: str) -> Iterator[None]:
-    """Renew the claim on a message every RENEW_SECONDS, until the block ends."""
+def renewed_claim(queue: redis.Redis, message: Message) -> Iterator[None]:
+    """Renew the claim on a message every RENEW_SECONDS, until the block ends or it is lost."""
     finished = threading.Event()
 
     def renew() -> None:
         while not finished.wait(RENEW_SECONDS):
             try:
+                if not is_claimed(queue, message):
+                    logger.warning("message %s: claim lost, the work goes on", message.id)
+                    return
                 # JUSTID: without it a renewal would count as a delivery.
-                queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message_id], justid=True)
+                queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message.id], justid=True)
             except redis.RedisError as error:
-                logger.warning("message %s: claim not renewed: %s", message_id, error)
+                logger.warning("message %s: claim not renewed: %s", message.id, error)
 
     renewer = threading.Thread(target=renew, daemon=True)
     renewer.start()
@@ -228,6 +234,25 @@ def renewed_claim(queue: redis.Redis, message_id: str) -> Iterator[None]:
     finally:
         finished.set()
         renewer.join(timeout=1)  # at once, unless it waits for a Redis that is away
+
+
+def is_claimed(queue: redis.Redis, message: Message) -> bool:
+    """Tell whether a delivery is still the last one, that is, no other worker took it over."""
+    pending = queue.xpending_range(STREAM, GROUP, message.id, message.id, 1)
+    return bool(pending) and pending[0]["times_delivered"] == message.deliveries
+
+
+def hand_back(queue: redis.Redis, message: Message) -> None:
+    """Let the next worker have a message at once, and do not count this delivery.
+
+    It is not the event's fault that the run was stopped. Without Redis, the claim just ends.
+    """
+    idle, count = int(CLAIM_SECONDS * 1000), message.deliveries - 1
+    with contextlib.suppress(redis.RedisError):
+        if is_claimed(queue, message):
+            queue.xclaim(
+                STREAM, GROUP, CONSUMER, 0, [message.id], idle=idle, retrycount=count, justid=True
+            )
 
 
 def set_aside(queue: redis.Redis, message: Message, reason: str) -> None:
@@ -333,9 +358,8 @@ def environment_problems() -> list[str]:
         problems.append("DV_URL is not a plain http or https address")
     if (token := value("DV_TOKEN")) and not re.fullmatch(r"[!-~]+", token):
         problems.append("DV_TOKEN holds a space, a line break or what else no header can carry")
-    if (port := value("REDIS_SERVICE_PORT")) and not (
-        port.isdecimal() and int(port) in range(1, 65536)
-    ):
+    port = value("REDIS_SERVICE_PORT")
+    if port and not (re.fullmatch("[0-9]{1,5}", port) and int(port) in range(1, 65536)):
         problems.append(f"REDIS_SERVICE_PORT is not a port number: {port}")
     if ca_file := value("TLS_CAFILE"):
         try:
@@ -363,26 +387,30 @@ class LogFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
     def formatException(self, exc_info) -> str:
-        """Return the traceback, unless process.py defines the exception: that is no bug."""
-        error, texts = exc_info[1], []
-        while error and type(exc_info[1]).__module__ != "process":
+        """Return the tracebacks of an exception and its causes."""
+        error, seen, texts = exc_info[1], [], []
+        while error and error not in seen:  # a chain of causes may be a circle
             stack = "".join(traceback.format_tb(error.__traceback__))
-            texts.insert(
-                0, f"Traceback (most recent call last):\n{stack}{printable(describe(error))}"
-            )
+            text = str(error) if is_own(error) else "(left out, as it may quote a user's data)"
+            title = printable(f"{type(error).__name__}: {text}")
+            texts.insert(0, f"Traceback (most recent call last):\n{stack}{title}")
+            seen.append(error)
             error = error.__cause__ or error.__context__
         return "\n".join(texts)
 
 
 def describe(error: BaseException) -> str:
-    """Return what the log may say of an exception from the algorithm.
+    """Return what may be said of an exception from the algorithm.
 
     One that process.py defines speaks for itself. The text of any other may quote a user's data,
-    as that of int("...") does: only the type is told.
+    as that of int("...") does.
     """
-    if type(error).__module__ == "process":
-        return str(error)
-    return f"{type(error).__name__} (text left out: it may quote a user's data)"
+    return str(error) if is_own(error) else type(error).__name__
+
+
+def is_own(error: BaseException) -> bool:
+    """Tell whether process.py defines an exception's class."""
+    return type(error).__module__ == "process"
 
 
 def printable(text: str) -> str:

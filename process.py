@@ -15,8 +15,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import requests
+import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 WORKERS = 16  # users worked on side by side, each on a connection of its own
 PROGRESS_SECONDS = 30  # from one line about the progress of a long job to the next
@@ -75,17 +75,11 @@ def process_users(api: "DatavillageApi", user_ids: list[str]) -> None:
             finished, under_way = wait(under_way, PROGRESS_SECONDS, FIRST_COMPLETED)
             processed += len(finished)
             failed += sum(not future.result() for future in finished)
-            if time.monotonic() >= report_at:
-                logger.info(
-                    "%s of %s users, %s failed",
-                    f"{processed:,}",
-                    f"{len(user_ids):,}",
-                    f"{failed:,}",
-                )
+            if time.monotonic() >= report_at or processed == len(user_ids):
+                logger.info(f"{processed:,} of {len(user_ids):,} users, {failed:,} failed")
                 report_at += PROGRESS_SECONDS
     if failed:
         raise ProcessingError(f"{failed:,} of {len(user_ids):,} users failed")
-    logger.info("%s", f"{processed:,} users, none failed")
 
 
 def process_user(api: "DatavillageApi", user_id: str) -> bool:
@@ -95,7 +89,7 @@ def process_user(api: "DatavillageApi", user_id: str) -> bool:
     except ProcessingError as error:
         logger.error("user %s: %s", user_id, error)
         return False
-    except (Exception, SystemExit):  # a user's exit() is no reason to leave the others
+    except BaseException:  # exit() for one user is no reason to leave the others
         logger.exception("user %s: compute failed", user_id)
         return False
     return True
@@ -125,7 +119,7 @@ class DatavillageApi:
         self._session.proxies = environment["proxies"]
         self._session.verify = environment["verify"]
         self._session.trust_env = False
-        retry = Retry(
+        retry = urllib3.Retry(
             RETRIES,
             status_forcelist=RETRY_STATUSES,
             raise_on_status=False,
@@ -181,7 +175,7 @@ class DatavillageApi:
                 allow_redirects=False,
             )
         except OSError as error:  # as all exceptions of requests are
-            raise ProcessingError(f"{method} {url}: {root_cause(error)}") from None
+            raise ProcessingError(f"{method} {url}: {reason_of(error)}") from None
         status = response.status_code
         if not 200 <= status < 300:
             raise ProcessingError(f"{method} {url} answered {status}{REMEDIES.get(status, '')}")
@@ -198,10 +192,13 @@ def as_segment(text: str) -> str:
     return quote(text, safe="", errors="surrogatepass")
 
 
-def root_cause(error: BaseException) -> str:
-    """Return why a call failed, without what a header or a broken answer holds."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    if type(error) is OSError and not error.strerror:
-        return str(error)  # requests' own words: no CA bundle at a path, a proxy that refuses
-    return getattr(error, "strerror", None) or type(error).__name__
+def reason_of(error: OSError) -> str:
+    """Return why a call failed, without what a header holds, or a broken answer."""
+    if type(error) is OSError:
+        return str(error)  # from requests: there is no CA bundle at this path
+    failure = error.args[0] if error.args else None
+    failure = getattr(failure, "reason", failure)  # of the last retry
+    errors = urllib3.exceptions
+    if isinstance(failure, (errors.TimeoutError, errors.SSLError, errors.ProxyError)):
+        return str(failure)
+    return type(failure if isinstance(failure, Exception) else error).__name__

@@ -175,8 +175,12 @@ class RealRedis:
         else:
             command += ["--port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with redis.Redis("127.0.0.1", self.port, **self.options) as client:
-            until(lambda: can_ping(client), "redis-server answers")
+        try:
+            with redis.Redis("127.0.0.1", self.port, **self.options) as client:
+                until(lambda: can_ping(client), "redis-server answers")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -211,6 +215,7 @@ class Run:
                 env=variables,
                 stdout=output,
                 stderr=output and subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the rehearsal, which then ends this too
             )
 
     @property
@@ -233,12 +238,12 @@ class Cage:
     """What a process finds in the cage: the queue, the API, and the variables that name them."""
 
     def __init__(
-        self, api: StandInApi, server: EmbeddedRedis | RealRedis, folder: Path | None = None
+        self, api: StandInApi, server: EmbeddedRedis | RealRedis, code: Path = ROOT
     ) -> None:
         self.api = api
         self.server = server
         self.queue = redis.Redis("127.0.0.1", server.port, **server.options)
-        self.folder = folder
+        self.code = code
         self.runs: list[Run] = []
         self.variables = {
             "DV_URL": api.url,
@@ -271,22 +276,21 @@ class Cage:
 
     def start(
         self,
-        code: Path = ROOT,
         constants: str = "",
         variables: dict[str, str] | None = None,
         log_through: bool = False,
     ) -> Run:
         """Start the entry.
 
-        Takes the folder that holds the code, assignments such as `index.RENEW_SECONDS = 1` to make
-        before, variables to set besides those of the cage, and whether the log is let through.
+        Takes assignments such as `index.RENEW_SECONDS = 1` to make before, variables to set beside
+        those of the cage, and whether the log is let through instead of kept.
         """
         command = shlex.split(CONFIG["entry"])
         if constants:
             launcher = f"import sys, index, process; {constants}; sys.exit(index.main())"
             command = [sys.executable, "-c", launcher]
-        log = None if log_through else self.folder / f"{len(self.runs)}.log"
-        self.runs.append(Run(command, code, self.variables | (variables or {}), log))
+        log = None if log_through else self.code / f"{len(self.runs)}.log"
+        self.runs.append(Run(command, self.code, self.variables | (variables or {}), log))
         return self.runs[-1]
 
     def run(self, **options: Any) -> Run:
@@ -329,6 +333,23 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 @pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the project in which compute returns the data, whatever the author made of it."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for name in ("README.md", "datavillage.yaml", "index.py", "process.py", "test.py"):
+        shutil.copy(ROOT / name, folder)
+    edit(folder, "def compute(user_id, data): return data")
+    return folder
+
+
+def edit(code: Path, text: str) -> None:
+    """Edit process.py as an author does: what is defined last counts."""
+    with open(code / "process.py", "a", encoding="utf-8") as file:
+        file.write(f"\n{text}\n")
+
+
+@pytest.fixture
 def api() -> Iterator[StandInApi]:
     """A stand-in API with the sample's users."""
     with StandInApi(dict(USERS)) as api:
@@ -336,21 +357,21 @@ def api() -> Iterator[StandInApi]:
 
 
 @pytest.fixture(params=["embedded", "real"])
-def cage(request: pytest.FixtureRequest, api: StandInApi, tmp_path: Path) -> Iterator[Cage]:
+def cage(request: pytest.FixtureRequest, api: StandInApi, code: Path) -> Iterator[Cage]:
     """A cage, once with each Redis."""
     if request.param == "real":
         yield request.getfixturevalue("real_cage")
         return
-    with EmbeddedRedis() as server, Cage(api, server, tmp_path) as cage:
+    with EmbeddedRedis() as server, Cage(api, server, code) as cage:
         yield cage
 
 
 @pytest.fixture
-def real_cage(api: StandInApi, tmp_path: Path) -> Iterator[Cage]:
+def real_cage(api: StandInApi, code: Path, tmp_path: Path) -> Iterator[Cage]:
     """A cage for what is said about waiting, about being away, and about TLS."""
     require("redis-server")
     (tmp_path / "redis").mkdir()
-    with RealRedis(tmp_path / "redis") as server, Cage(api, server, tmp_path) as cage:
+    with RealRedis(tmp_path / "redis") as server, Cage(api, server, code) as cage:
         yield cage
 
 
@@ -377,18 +398,16 @@ def require(program: str) -> None:
         pytest.skip(f"{program} is not installed")
 
 
-def edited(folder: Path, code: str) -> Path:
-    """Return a copy of the project whose process.py an author has edited: later definitions win."""
-    copy = folder / "edited"
-    copy.mkdir()
-    for name in ("README.md", "datavillage.yaml", "index.py", "process.py", "test.py"):
-        shutil.copy(ROOT / name, copy)
-    with open(copy / "process.py", "a", encoding="utf-8") as process_file:
-        process_file.write(code)
-    return copy
+# The algorithm: an author edits compute, and with it this test of the sample
 
 
-# What is deployed
+def test_the_sample_tells_the_length_in_a_valid_triple_whatever_the_id():
+    for user_id in ("alice", "https://alice.example/card#me", 'a b<c>"d"\\e^`{|}\n', "Zoë", "100%"):
+        iri = r'<[^\x00-\x20<>"{}|^`\\]+>'  # IRIREF of the Turtle grammar, without escapes
+        assert re.fullmatch(f"{iri} {iri} 4 \\.\n", process.compute(user_id, "Zoë\n")), user_id
+
+
+# From here on the tests are about the template, with an algorithm of their own. What is deployed:
 
 
 def test_the_config_has_the_documented_keys_and_types():
@@ -408,26 +427,18 @@ def test_the_script_installs_the_five_packages_pinned():
     assert CONFIG["script"] == ["pip install -r requirements.txt"]
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     pins = [re.fullmatch(r"([a-z]+)==[0-9.]+", line) for line in lines if line and line[0] != "#"]
-    assert all(pins)
-    assert {pin[1] for pin in pins} == {"fakeredis", "pytest", "pyyaml", "redis", "requests"}
+    names = {pin[1] for pin in pins if pin}  # an author may add others, as it suits
+    assert names >= {"fakeredis", "pytest", "pyyaml", "redis", "requests"}
 
 
 # What happens to an event
-
-
-def test_the_sample_is_a_valid_triple_whatever_the_id():
-    for user_id in ("alice", "https://alice.example/card#me", 'a b<c>"d"\\e^`{|}\n', "Zoë", "100%"):
-        iri = r'<[^\x00-\x20<>"{}|^`\\]+>'  # IRIREF of the Turtle grammar, without escapes
-        assert re.fullmatch(f"{iri} {iri} 4 \\.\n", process.compute(user_id, "Zoë\n")), user_id
 
 
 def test_an_event_ends_as_stored_results(cage: Cage):
     cage.publish(EVENT)
     run = cage.run()
     assert run.end() == 0, run.log
-    assert cage.api.stored == {
-        (user_id, "inferences"): process.compute(user_id, data) for user_id, data in USERS.items()
-    }
+    assert cage.api.stored == {(user_id, "inferences"): data for user_id, data in USERS.items()}
     assert cage.pending() == {}
 
 
@@ -451,11 +462,11 @@ def test_a_user_named_twice_is_processed_once(cage: Cage):
     assert cage.api.requests.count("PUT activeUsers/bob/inferences") == 1
 
 
-def test_the_event_is_handed_on_whole(cage: Cage, tmp_path: Path):
-    code = edited(tmp_path, "\ndef process_event(event): print(json.dumps(event, sort_keys=True))")
+def test_the_event_is_handed_on_whole(cage: Cage):
+    edit(cage.code, "def process_event(event): print(json.dumps(event, sort_keys=True))")
     event = {"type": "FULL", "data": {"own": [1, None, "ë"]}, "userIds": ["x"], "more": True}
     cage.publish_raw(msg_data=json.dumps(event), other="field")
-    run = cage.run(code=code)
+    run = cage.run()
     assert json.dumps(event, sort_keys=True) in run.log.splitlines()
 
 
@@ -477,29 +488,20 @@ def test_any_id_is_one_path_segment(cage: Cage):
     assert sorted(user_id for user_id, kind in cage.api.stored) == sorted(user_ids)
 
 
-def test_data_is_utf_8_both_ways(cage: Cage, tmp_path: Path):
-    code = edited(tmp_path, "\ndef compute(user_id, data): return data")
+def test_explanations_are_stored_as_such(cage: Cage):
+    edit(cage.code, "def process_event(event): DatavillageApi().store('bob', '# why', 'explains')")
     cage.publish(EVENT)
-    assert cage.run(code=code).end() == 0
-    assert {user_id: text for (user_id, kind), text in cage.api.stored.items()} == USERS
-
-
-def test_explanations_are_stored_as_such(cage: Cage, tmp_path: Path):
-    code = "\ndef process_event(event): DatavillageApi().store('bob', '# why', 'explains')"
-    cage.publish(EVENT)
-    assert cage.run(code=edited(tmp_path, code)).end() == 0
+    assert cage.run().end() == 0
     assert cage.api.stored == {("bob", "explains"): "# why"}
 
 
-def test_sixteen_users_are_worked_on_side_by_side_on_as_many_connections(
-    cage: Cage, tmp_path: Path
-):
+def test_sixteen_users_are_worked_on_side_by_side_on_as_many_connections(cage: Cage):
     # All 16 compute at once, so that no connection is in use: are they kept?
-    code = edited(tmp_path, "\ndef compute(user_id, data): time.sleep(0.3); return data")
+    edit(cage.code, "def compute(user_id, data): time.sleep(0.3); return data")
     cage.api.users = {f"user-{number}": "" for number in range(40)}
     cage.api.held = {f"GET activeUsers/{user_id}/data" for user_id in cage.api.users}
     cage.publish(EVENT)
-    run = cage.start(code=code)
+    run = cage.start()
     until(lambda: len(cage.api.requests) == 1 + 16, "16 users under way")
     time.sleep(0.2)  # would any more come?
     assert len(cage.api.requests) == 1 + 16
@@ -597,12 +599,23 @@ def test_an_unusable_variable_is_named_and_the_event_stays(cage: Cage, name: str
     assert cage.run().end() == 0
 
 
-def test_an_error_in_process_py_costs_no_event(cage: Cage, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def compute(:", "SyntaxError: invalid syntax (process.py, line"),
+        ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("int(os.environ['DV_TOKEN'])", "ValueError\nTraceback"),
+        ("raise SystemExit(0)", "SystemExit\nTraceback"),
+    ],
+)
+def test_an_error_in_process_py_is_named_and_costs_no_event(cage: Cage, text: str, reason: str):
+    edit(cage.code, text)
     cage.publish(EVENT)
-    run = cage.run(code=edited(tmp_path, "\ndef compute(:"))
+    run = cage.run()
     assert run.end() == 2
-    assert "ERROR not started: process.py: SyntaxError" in run.log
-    assert cage.run().end() == 0
+    assert f"ERROR not started: process.py: {reason}" in run.log
+    assert TOKEN not in run.log
+    assert cage.queue.xinfo_groups("events") == []  # nothing was taken
 
 
 # What the log holds
@@ -616,17 +629,18 @@ def test_the_log_holds_time_level_message_and_obeys_its_level(cage: Cage):
     assert cage.run(variables={"LOGLEVEL": "WARNING"}).log == ""
 
 
-def test_neither_token_nor_data_is_in_any_log_or_dead_letter(cage: Cage, tmp_path: Path):
-    code = """
+def test_neither_token_nor_data_is_in_any_log_or_dead_letter(cage: Cage):
+    text = """
 def compute(user_id, data):
     try:
         int(data)
     except ValueError as error:
         raise RuntimeError(data) from error
 """
+    edit(cage.code, text)
     cage.api.users = {"alice": "a-secret-of-alice"}
     cage.publish(EVENT)
-    run = cage.run(code=edited(tmp_path, code), variables={"LOGLEVEL": "DEBUG"})
+    run = cage.run(variables={"LOGLEVEL": "DEBUG"})
     assert run.end() == 1
     assert "ERROR user alice: compute failed\nTraceback" in run.log
     assert "ValueError" in run.log
@@ -636,12 +650,11 @@ def compute(user_id, data):
     assert TOKEN not in run.log
 
 
-def test_an_event_that_fails_by_a_bug_gives_away_no_data_either(cage: Cage, tmp_path: Path):
-    code = "\ndef process_event(event): raise KeyError(DatavillageApi().user_data('alice'))"
-    code = edited(tmp_path, code)
+def test_an_event_that_fails_by_a_bug_gives_away_no_data_either(cage: Cage):
+    edit(cage.code, "def process_event(event): raise KeyError(DatavillageApi().user_data('alice'))")
     message_id = cage.publish(EVENT)
     for delivery in (1, 2, 3):
-        run = cage.run(code=code)
+        run = cage.run()
         assert run.end() == 1
         assert f"delivery {delivery} of 3" in run.log
         assert "Traceback" in run.log
@@ -649,8 +662,7 @@ def test_an_event_that_fails_by_a_bug_gives_away_no_data_either(cage: Cage, tmp_
         assert "Alice" not in run.log
         cage.make_old(message_id)
     [letter] = cage.dead_letters()
-    assert letter[b"error"].startswith(b"KeyError")
-    assert b"Alice" not in letter[b"error"]
+    assert letter[b"error"] == b"KeyError"
 
 
 def test_no_value_from_outside_breaks_a_line_of_the_log(cage: Cage):
@@ -689,10 +701,18 @@ def test_one_failing_user_is_named_with_the_reason_and_stops_no_other(cage: Cage
         ("return None", "the result is NoneType, not str"),
         ("return '\\ud800'", "UnicodeEncodeError"),
         ("raise ProcessingError('no age given')", "user bob: no age given"),
+        ("raise OwnError('no age given')", "\nOwnError: no age given\n"),
+        ("raise KeyboardInterrupt(data)", "KeyboardInterrupt"),
+        ("raise in_a_circle()", "ValueError"),
     ],
 )
-def test_a_failing_compute_fails_its_user_alone(cage: Cage, tmp_path: Path, body: str, reason: str):
-    code = f"""
+def test_a_failing_compute_fails_its_user_alone(cage: Cage, body: str, reason: str):
+    text = f"""
+class OwnError(Exception): pass
+def in_a_circle():
+    first, second = TypeError(), ValueError()
+    first.__cause__, second.__cause__ = second, first
+    return second
 sample = compute
 def compute(user_id, data):
     if user_id == 'bob':
@@ -701,10 +721,12 @@ def compute(user_id, data):
         return sample(user_id, data)
 """
     cage.publish(EVENT)
-    run = cage.run(code=edited(tmp_path, code))
+    edit(cage.code, text)
+    run = cage.run()
     assert run.end() == 1
     assert reason in run.log
-    assert ("Traceback" in run.log) == reason.isalnum()
+    assert ("Traceback" in run.log) == ("return None" not in body and "Processing" not in body)
+    assert "Zoë" not in run.log
     assert "failed: 1 of 2 users failed" in run.log
     assert list(cage.api.stored) == [("alice", "inferences")]
 
@@ -752,7 +774,7 @@ def test_an_api_that_is_away_is_named_with_the_reason(cage: Cage):
     run = cage.run(constants="process.RETRIES = 0", variables={"DV_URL": url})
     assert run.end() == 1
     path = "/clients/client-1/applications/app-1/activeUsers"
-    assert f"failed: GET {url}{path}: Connection refused" in run.log
+    assert re.search(f"failed: GET {url}{path}: .*Connection refused", run.log)
     assert "Traceback" not in run.log
 
 
@@ -761,7 +783,7 @@ def test_no_answer_is_waited_for_for_ever(cage: Cage):
     cage.publish(EVENT)
     run = cage.run(constants="process.RETRIES = 0; process.TIMEOUT_SECONDS = (1, 1)")
     assert run.end() == 1
-    assert "activeUsers: TimeoutError" in run.log
+    assert "Read timed out. (read timeout=1)" in run.log
 
 
 def test_a_redirect_is_an_error_and_is_not_followed(cage: Cage):
@@ -927,6 +949,27 @@ def test_a_claim_is_renewed_while_a_slow_user_is_worked_on(cage: Cage):
     assert cage.pending() == {}
 
 
+def test_a_worker_that_lost_its_claim_does_not_take_it_back(cage: Cage):
+    cage.api.held = {"GET activeUsers/bob/data"}
+    message_id = cage.publish({"userIds": ["bob"]})
+    frozen = cage.start(constants="index.RENEW_SECONDS = 0.5")
+    until(lambda: cage.api.held <= set(cage.api.requests), "bob is worked on")
+    frozen.process.send_signal(signal.SIGSTOP)
+    cage.make_old(message_id)
+    second = cage.start().until("delivery 2 of 3")
+    frozen.process.send_signal(signal.SIGCONT)
+    frozen.until(f"WARNING message {message_id}: claim lost")
+    frozen.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert cage.pending() == {message_id: 2}
+    [entry] = cage.queue.xpending_range("events", "consummers", "-", "+", 1, idle=30_000) or [None]
+    assert entry is None
+    cage.api.gate.set()
+    assert frozen.end() == 143
+    assert second.end() == 0
+    assert cage.pending() == {}
+
+
 def test_two_workers_share_many_events_each_once(cage: Cage):
     cage.api.users = {f"user-{number}": "" for number in range(12)}
     for user_id in cage.api.users:
@@ -971,13 +1014,13 @@ def test_an_event_that_fails_every_time_is_set_aside_after_its_third_try(cage: C
     assert cage.api.stored.keys() == {("alice", "inferences")}
 
 
-def test_an_event_that_kills_its_worker_every_time_is_set_aside(cage: Cage, tmp_path: Path):
-    code = edited(tmp_path, "\ndef compute(user_id, data): os.kill(os.getpid(), 9)")
+def test_an_event_that_kills_its_worker_every_time_is_set_aside(cage: Cage):
+    edit(cage.code, "def compute(user_id, data): os.kill(os.getpid(), 9)")
     kills = cage.publish({"userIds": ["bob"]})
     for _ in range(3):
-        assert cage.run(code=code).end() == -signal.SIGKILL
+        assert cage.run().end() == -signal.SIGKILL
         cage.make_old(kills)
-    run = cage.run(code=code)
+    run = cage.run()
     assert run.end() == 1
     reason = "delivered 3 times, finished by no worker"
     assert f"ERROR message {kills}: set aside in events:dead-letter: {reason}" in run.log
@@ -1102,7 +1145,7 @@ def test_sigterm_lets_users_under_way_finish_and_leaves_the_event_to_the_next(ca
     assert "Traceback" not in run.log
     assert len(cage.api.stored) == 16
     assert len(cage.api.requests) == 1 + 16 + 16
-    assert cage.pending() == {message_id: 1}
+    assert cage.pending() == {message_id: 0}  # the stop is not counted against the event
     assert cage.run().end() == 0  # and at once, with no need to wait for the claim to end
     assert len(cage.api.stored) == 40
 
@@ -1237,11 +1280,11 @@ def test_a_password_that_redis_demands_ends_the_run_at_once(real_cage: Cage):
 
 
 @pytest.fixture
-def tls_cage(api: StandInApi, tmp_path: Path, certificate: Path) -> Iterator[Cage]:
+def tls_cage(api: StandInApi, code: Path, tmp_path: Path, certificate: Path) -> Iterator[Cage]:
     """A cage whose Redis speaks TLS only, with the process told so."""
     require("redis-server")
     (tmp_path / "tls").mkdir()
-    with RealRedis(tmp_path / "tls", certificate) as server, Cage(api, server, tmp_path) as cage:
+    with RealRedis(tmp_path / "tls", certificate) as server, Cage(api, server, code) as cage:
         cage.variables["TLS_CAFILE"] = str(certificate)
         yield cage
 
@@ -1302,30 +1345,26 @@ def test_the_commands_of_the_readme_for_dead_letters_and_more_workers_work(cage:
 
     malformed = [cage.publish_raw(msg_data="null", own=str(number)) for number in range(4)]
     output_of(more_workers)
-    shown = output_of(look).splitlines()
-    assert all(
-        f"b'message_id': b'{message_id}'" in line
-        for message_id, line in zip(malformed, shown, strict=True)
-    )
+    shown = re.findall(r"b'message_id': b'(.*?)'", output_of(look))
+    assert sorted(shown) == malformed  # the workers ran side by side
     output_of(publish_again)
     assert cage.dead_letters() == []
     again = [fields for _, fields in cage.queue.xrange("events")[-4:]]
-    assert again == [{b"msg_data": b"null", b"own": str(number).encode()} for number in range(4)]
+    assert all(fields.keys() == {b"msg_data", b"own"} for fields in again)
+    assert sorted(fields[b"own"] for fields in again) == [b"0", b"1", b"2", b"3"]
 
 
 # How the rehearsal goes
 
 
-def rehearsal(
-    *arguments: str | Path, code: Path = ROOT, **variables: str
-) -> subprocess.CompletedProcess:
+def rehearsal(code: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
     """Run the rehearsal in a folder that holds the project."""
     command = [sys.executable, str(code / "test.py"), *map(str, arguments)]
     return subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
 
 
-def test_the_rehearsal_lets_the_log_through_and_prints_what_was_stored():
-    done = rehearsal()
+def test_the_rehearsal_lets_the_log_through_and_prints_what_was_stored(code: Path):
+    done = rehearsal(code)
     assert done.returncode == 0
     log, _, results = done.stdout.partition("\n\n")
     assert all(re.match(r"\d{4}-\d\d-\d\d .{12} INFO ", line) for line in log.splitlines())
@@ -1333,9 +1372,9 @@ def test_the_rehearsal_lets_the_log_through_and_prints_what_was_stored():
     lines = results.splitlines()
     assert lines[:-1] == [
         "alice: inferences",
-        "    " + process.compute("alice", USERS["alice"]).strip(),
+        "    " + USERS["alice"].strip(),
         "bob: inferences",
-        "    " + process.compute("bob", USERS["bob"]).strip(),
+        "    " + USERS["bob"].strip(),
     ]
     last = r"users: 2, stored: 2, failed: 0, seconds: \d+\.\d, exit status: 0"
     assert re.fullmatch(last, lines[-1])
@@ -1343,12 +1382,17 @@ def test_the_rehearsal_lets_the_log_through_and_prints_what_was_stored():
     assert done.stderr == ""
 
 
-def test_the_rehearsal_takes_files_and_keeps_their_text_intact(tmp_path: Path):
-    code = edited(tmp_path, "\ndef compute(user_id, data): return data")
+def test_the_rehearsal_runs_the_algorithm_of_this_repository():
+    done = rehearsal(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "users: 2, stored: 2, failed: 0," in done.stdout
+
+
+def test_the_rehearsal_takes_files_and_keeps_their_text_intact(code: Path, tmp_path: Path):
     for name, text in {"zoë.ttl": '# "Zoë"\n# 佐江\n', "bob.card.ttl": "# ☃"}.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_bytes(text.encode("utf-8"))
     for variables in ({}, {"PYTHONIOENCODING": "ascii"}):
-        done = rehearsal(tmp_path / "zoë.ttl", tmp_path / "bob.card.ttl", code=code, **variables)
+        done = rehearsal(code, tmp_path / "zoë.ttl", tmp_path / "bob.card.ttl", **variables)
         assert done.returncode == 0
         results = done.stdout.partition("\n\n")[2].splitlines()
         assert results[:-1] == [
@@ -1360,31 +1404,36 @@ def test_the_rehearsal_takes_files_and_keeps_their_text_intact(tmp_path: Path):
         ]
 
 
-def test_the_rehearsal_publishes_the_event_it_is_given(tmp_path: Path):
-    code = edited(tmp_path, "\ndef process_event(event): print(event)")
-    assert "{'jobId': 'job-1', 'trigger': 'rehearsal', 'msg_dt': '" in rehearsal(code=code).stdout
-    done = rehearsal("--event", '{"userIds": ["alice"], "trigger": "full"}', code=code)
+def test_the_data_in_the_rehearsal_is_what_is_in_the_file(code: Path, tmp_path: Path):
+    (tmp_path / "alice.ttl").write_bytes(b"#\r\n#\r\n")
+    edit(code, "def compute(user_id, data): return f'# {len(data)}'")
+    assert "    # 6\n" in rehearsal(code, tmp_path / "alice.ttl").stdout
+
+
+def test_the_rehearsal_publishes_the_event_it_is_given(code: Path):
+    edit(code, "def process_event(event): print(event)")
+    assert "{'jobId': 'job-1', 'trigger': 'rehearsal', 'msg_dt': '" in rehearsal(code).stdout
+    done = rehearsal(code, "--event", '{"userIds": ["alice"], "trigger": "full"}')
     assert "{'userIds': ['alice'], 'trigger': 'full', 'msg_dt': '" in done.stdout
-    done = rehearsal("--event", '{"userIds": ["alice"]}')
-    assert "users: 1, stored: 1, failed: 0," in done.stdout
 
 
 @pytest.mark.parametrize(
     ("event", "reason", "counts"),
     [
         ({"userIds": ["alice", "eve"]}, "1 of 2 users failed", "users: 2, stored: 1, failed: 1,"),
+        ({"userIds": ["\ud800"]}, "answered 404", "users: 1, stored: 0, failed: 1,"),
         ({"userIds": [[1]]}, "malformed: userIds", "users: 2, stored: 0, failed: 2,"),
     ],
 )
-def test_the_rehearsal_shows_an_event_that_fails(event: dict, reason: str, counts: str):
-    done = rehearsal("--event", json.dumps(event))
+def test_the_rehearsal_shows_an_event_that_fails(code: Path, event: dict, reason: str, counts: str):
+    done = rehearsal(code, "--event", json.dumps(event))
     assert done.returncode == 1
     assert reason in done.stdout
     assert counts in done.stdout
     assert done.stdout.endswith("exit status: 1\n")
 
 
-def test_the_rehearsal_refuses_what_it_cannot_use_with_one_line(tmp_path: Path):
+def test_the_rehearsal_refuses_what_it_cannot_use_with_one_line(code: Path, tmp_path: Path):
     (tmp_path / "latin.ttl").write_bytes(b"Zo\xeb")
     (tmp_path / "other").mkdir()
     for name in ("alice.ttl", "other/alice.ttl"):
@@ -1395,33 +1444,34 @@ def test_the_rehearsal_refuses_what_it_cannot_use_with_one_line(tmp_path: Path):
         ([tmp_path / "latin.ttl"], "not UTF-8"),
         ([tmp_path / "alice.ttl", tmp_path / "other" / "alice.ttl"], "another file for the user"),
         (["--event", "{"], "--event is not a JSON object"),
-        (["--event", "[]"], "--event is not a JSON object"),
+        (["--event", "[\n]"], "--event is not a JSON object"),
         (["--event", "[" * 100_000], "--event is not a JSON object"),
     ):
-        done = rehearsal(*arguments)
+        done = rehearsal(code, *arguments)
         assert done.returncode == 2
         [line] = done.stderr.splitlines()
         assert reason in line
         assert done.stdout == ""
 
 
-def test_the_rehearsal_explains_itself():
-    done = rehearsal("--help")
+def test_the_rehearsal_explains_itself(code: Path):
+    done = rehearsal(code, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("FILE", "--event", "user's ID", "built-in"))
     assert len(done.stdout.splitlines()) < 20
 
 
-def test_ctrl_c_ends_the_rehearsal_at_once_and_leaves_no_process(tmp_path: Path):
-    code = "\ndef compute(user_id, data): print(f'<{os.getpid()}>', flush=True); time.sleep(60)"
-    command = [sys.executable, str(edited(tmp_path, code) / "test.py")]
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_ends_the_rehearsal_at_once_and_leaves_no_process(code: Path, signal_number: int):
+    edit(code, "def compute(user_id, data): print(f'<{os.getpid()}>'); time.sleep(60)")
+    command = [sys.executable, str(code / "test.py")]
     with subprocess.Popen(command, env={}, stdout=subprocess.PIPE, encoding="utf-8") as rehearsed:
         process_id = None
         while not process_id:
             process_id = re.match(r"<(\d+)>", rehearsed.stdout.readline())
         sent = time.monotonic()
-        rehearsed.send_signal(signal.SIGINT)
-        assert rehearsed.wait(PATIENCE_SECONDS) == 130
+        rehearsed.send_signal(signal_number)
+        assert rehearsed.wait(PATIENCE_SECONDS) == 128 + signal_number
         assert time.monotonic() - sent < 2
     with pytest.raises(ProcessLookupError):
         os.kill(int(process_id[1]), 0)
@@ -1484,22 +1534,22 @@ def main() -> int:
     except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
-        parser.exit(2, f"--event is not a JSON object: {arguments.event}\n")
+        parser.exit(2, "--event is not a JSON object\n")
     users = {}
     for file in map(Path, arguments.files):
         if file.stem in users:
             parser.exit(2, f"{file}: there is another file for the user {file.stem}\n")
         try:
-            users[file.stem] = file.read_text(encoding="utf-8")
+            users[file.stem] = file.read_bytes().decode("utf-8")  # with its line ends as they are
         except OSError as error:
             parser.exit(2, f"{file}: {error.strerror}\n")
         except UnicodeDecodeError as error:
             parser.exit(2, f"{file}: not UTF-8 at byte {error.start}\n")
-    sys.stdout.reconfigure(encoding="utf-8")
-    try:
-        return rehearse(users or USERS, event)
-    except KeyboardInterrupt:
-        return 130
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # An exit, and not the default: the cage then ends the process that it has started.
+        signal.signal(signal_number, lambda number, frame: sys.exit(128 + number))
+    return rehearse(users or USERS, event)
 
 
 if __name__ == "__main__":
