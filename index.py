@@ -3,6 +3,7 @@
 Delivery is at least once: an event is acknowledged when its work is done, and its claim renewed
 until then. The event of a worker that fell silent goes to the next one that asks. An event that
 is malformed, or that MAX_DELIVERIES deliveries did not finish, is set aside as a dead letter.
+`main`, `take`, `handle` and `parse` are the way of an event; below them is what they stand on.
 
 Exit status:
     0    the event was processed
@@ -217,6 +218,8 @@ def renewed_claim(queue: redis.Redis, message: Message) -> Iterator[None]:
     finished = threading.Event()
 
     def renew() -> None:
+        # Signals are for the main thread: one that this thread takes would not wake it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGALRM})
         while not finished.wait(RENEW_SECONDS):
             try:
                 if not is_claimed(queue, message):
@@ -304,7 +307,13 @@ def connect() -> redis.Redis:
 class OutageRetry(Retry):
     """The retry of redis-py, bounded by time, with one warning, and for outages only."""
 
-    def call_with_retry(self, do, fail, is_retryable=None, with_failure_count=False):
+    def call_with_retry(
+        self,
+        do: Callable[[], Any],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> Any:
         """Take, return and raise what redis.retry.Retry does."""
         failures, gone_at = 0, 0.0
 
@@ -386,7 +395,7 @@ class LogFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
-    def formatException(self, exc_info) -> str:
+    def formatException(self, exc_info: Any) -> str:
         """Return the tracebacks of an exception and its causes."""
         error, seen, texts = exc_info[1], [], []
         while error and error not in seen:  # a chain of causes may be a circle

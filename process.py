@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
@@ -65,7 +66,9 @@ def process_users(api: "DatavillageApi", user_ids: list[str]) -> None:
     under_way: set[Future[bool]] = set()
     processed = failed = 0
     report_at = time.monotonic() + PROGRESS_SECONDS
-    with ThreadPoolExecutor(WORKERS) as pool:
+    # Signals are for the main thread: one that a worker takes would not wake it.
+    left_to_main = signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
+    with ThreadPoolExecutor(WORKERS, "", signal.pthread_sigmask, left_to_main) as pool:
         while True:
             # Only what can start at once: memory stays flat, and a signal finds nothing queued.
             for user_id in islice(waiting, WORKERS - len(under_way)):

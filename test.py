@@ -1488,7 +1488,10 @@ def rehearse(users: dict[str, str], event: dict[str, Any]) -> int:
     started = time.monotonic()
     with StandInApi(users) as api, EmbeddedRedis() as server, Cage(api, server) as cage:
         cage.publish(event)
-        status = cage.start(log_through=True).process.wait()
+        process = cage.start(log_through=True).process
+        while process.poll() is None:
+            time.sleep(0.05)  # not wait(): a signal that another thread takes would not end it
+        status = process.returncode
     status = status if status >= 0 else 128 - status  # ended by a signal: told as a shell does
     seconds = time.monotonic() - started
     named = event.get("userIds")
