@@ -82,6 +82,10 @@ class StandInApi(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def until_held(self) -> None:
+        """Wait until each of the requests to be held has come."""
+        until(lambda: self.held <= set(self.requests), "the requests to be held have come")
+
 
 class StandInApiHandler(BaseHTTPRequestHandler):
     """Answers one connection to the stand-in API."""
@@ -179,11 +183,15 @@ class RealRedis:
             with redis.Redis("127.0.0.1", self.port, **self.options) as client:
                 until(lambda: can_ping(client), "redis-server answers")
         except BaseException:
-            self.__exit__()
+            self.kill()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, as a machine that fails does."""
         self.process.kill()
         self.process.wait()
 
@@ -937,7 +945,7 @@ def test_a_claim_is_renewed_while_a_slow_user_is_worked_on(cage: Cage):
     slow = cage.publish({"userIds": ["bob"]})
     constants = "index.CLAIM_SECONDS = 1; index.RENEW_SECONDS = 0.2"
     first = cage.start(constants=constants)
-    until(lambda: cage.api.held <= set(cage.api.requests), "bob is worked on")
+    cage.api.until_held()
     time.sleep(1.5)  # longer than a claim without renewal
     cage.publish({"userIds": ["alice"]})
     second = cage.run(constants=constants)
@@ -953,7 +961,7 @@ def test_a_worker_that_lost_its_claim_does_not_take_it_back(cage: Cage):
     cage.api.held = {"GET activeUsers/bob/data"}
     message_id = cage.publish({"userIds": ["bob"]})
     frozen = cage.start(constants="index.RENEW_SECONDS = 0.5")
-    until(lambda: cage.api.held <= set(cage.api.requests), "bob is worked on")
+    cage.api.until_held()
     frozen.process.send_signal(signal.SIGSTOP)
     cage.make_old(message_id)
     second = cage.start().until("delivery 2 of 3")
@@ -1154,7 +1162,7 @@ def test_sigterm_ends_a_worker_whose_users_never_finish(cage: Cage):
     cage.api.held = {"GET activeUsers/bob/data"}
     message_id = cage.publish(EVENT)
     run = cage.start(constants="index.GRACE_SECONDS = 1")
-    until(lambda: cage.api.held <= set(cage.api.requests), "bob is worked on")
+    cage.api.until_held()
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 143
     assert cage.pending() == {message_id: 1}
@@ -1166,8 +1174,7 @@ def test_sigterm_ends_a_worker_whose_users_never_finish(cage: Cage):
 
 def test_redis_away_at_the_start_is_waited_for(real_cage: Cage):
     real_cage.publish(EVENT)
-    real_cage.server.process.kill()
-    real_cage.server.process.wait()
+    real_cage.server.kill()
     run = real_cage.start().until("is away")
     time.sleep(1)
     real_cage.server.restart()
@@ -1179,8 +1186,7 @@ def test_redis_away_at_the_start_is_waited_for(real_cage: Cage):
 def test_redis_restarted_while_a_worker_waits(real_cage: Cage, keep_data: bool):
     run = real_cage.start().until("waiting")
     until(lambda: real_cage.queue.exists("events"), "the group is there")
-    real_cage.server.process.kill()
-    real_cage.server.process.wait()
+    real_cage.server.kill()
     run.until("is away")
     time.sleep(1)
     real_cage.server.restart(keep_data=keep_data)
@@ -1205,9 +1211,8 @@ def test_redis_restarted_while_a_worker_works(real_cage: Cage):
     real_cage.api.held = {"GET activeUsers/bob/data"}
     real_cage.publish(EVENT)
     run = real_cage.start(constants="index.RENEW_SECONDS = 0.1")
-    until(lambda: real_cage.api.held <= set(real_cage.api.requests), "bob is worked on")
-    real_cage.server.process.kill()
-    real_cage.server.process.wait()
+    real_cage.api.until_held()
+    real_cage.server.kill()
     run.until("is away")
     real_cage.server.restart()
     assert run.process.poll() is None
@@ -1221,7 +1226,7 @@ def test_a_claim_that_cannot_be_renewed_is_a_warning_and_the_work_goes_on(real_c
     real_cage.api.held = {"GET activeUsers/bob/data"}
     real_cage.publish(EVENT)
     run = real_cage.start(constants="index.RENEW_SECONDS = 0.1")
-    until(lambda: real_cage.api.held <= set(real_cage.api.requests), "bob is worked on")
+    real_cage.api.until_held()
     real_cage.queue.flushall()
     run.until("claim not renewed: NOGROUP")
     real_cage.api.gate.set()
@@ -1233,9 +1238,8 @@ def test_redis_restarted_before_the_acknowledgement(real_cage: Cage):
     real_cage.api.held = {"GET activeUsers/bob/data"}
     real_cage.publish(EVENT)
     run = real_cage.start()
-    until(lambda: real_cage.api.held <= set(real_cage.api.requests), "bob is worked on")
-    real_cage.server.process.kill()
-    real_cage.server.process.wait()
+    real_cage.api.until_held()
+    real_cage.server.kill()
     real_cage.api.gate.set()
     run.until("is away")
     real_cage.server.restart()
@@ -1245,7 +1249,7 @@ def test_redis_restarted_before_the_acknowledgement(real_cage: Cage):
 
 
 def test_redis_that_stays_away_ends_the_run_with_one_clear_line(real_cage: Cage):
-    real_cage.server.process.kill()
+    real_cage.server.kill()
     started = time.monotonic()
     run = real_cage.run(constants="index.OUTAGE_SECONDS = 2; index.BACKOFF_SECONDS = 0.5")
     assert run.end() == 2
