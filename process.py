@@ -1,18 +1,18 @@
 """The algorithm: edit `compute`, which turns one user's data into that user's result.
 
-Edit `process_event` as well when one function per user is not enough. Below it is what both stand
-on: the work on one user, and a small client of the Datavillage API.
+Edit `process_event` as well when one function per user is not enough. What both stand on is below:
+`for_each_user`, which works on many users at once, and a small client of the Datavillage API.
 """
 
-import contextlib
 import json
 import logging
 import os
-import signal
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
-from typing import Any, Literal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import requests
@@ -25,16 +25,11 @@ TIMEOUT_SECONDS = (5, 60)  # to connect; to wait for more of an answer
 RETRIES = 5  # of one call: with the pauses below, an outage of 15 seconds is ridden out
 BACKOFF_SECONDS = 0.5  # pauses of 0, 2, 4, 8 and 16 times this
 JITTER_SECONDS = 0.5  # added to a pause at most, so that 16 workers do not come back as one
+RETRY_AFTER_SECONDS = 60  # the longest pause that the API may ask for: the run seems dead meanwhile
 RETRY_STATUSES = (429, 500, 502, 503, 504)  # overload and passing faults
-REMEDIES = {
-    401: " (is DV_TOKEN valid?)",
-    403: " (may DV_TOKEN do this?)",
-    404: " (are DV_CLIENT_ID, DV_APP_ID and the user right?)",
-}
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-# urllib3 would warn at each retry of each call; here one line says what came of them.
-logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def compute(user_id: str, data: str) -> str:
@@ -49,57 +44,77 @@ def compute(user_id: str, data: str) -> str:
 def process_event(event: dict[str, Any]) -> None:
     """Compute and store the result of each user that an event is about.
 
-    Takes the event as published; its `userIds`, if any, is a list of non-empty strings, and none
-    stands for all active users. Raises ProcessingError when the API does not tell the users, or
-    after all of them were tried, when some failed.
+    Takes the event as published; its `userIds` is a list of non-empty strings, or None or absent
+    for all active users. Raises ProcessingError if the API does not tell these, or if, after all
+    users were tried, some had failed.
     """
-    with contextlib.closing(DatavillageApi()) as api:
-        user_ids = event.get("userIds")
-        if user_ids is None:
-            user_ids = api.active_users()
-        process_users(api, list(dict.fromkeys(user_ids)))
+    api = DatavillageApi()
 
-
-def process_users(api: "DatavillageApi", user_ids: list[str]) -> None:
-    """Process users, WORKERS at a time; raise ProcessingError in the end if some failed."""
-    waiting = iter(user_ids)
-    under_way: set[Future[bool]] = set()
-    processed = failed = 0
-    report_at = time.monotonic() + PROGRESS_SECONDS
-    # Signals are for the main thread: one that a worker takes would not wake it.
-    left_to_main = signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
-    with ThreadPoolExecutor(WORKERS, "", signal.pthread_sigmask, left_to_main) as pool:
-        while True:
-            # Only what can start at once: memory stays flat, and a signal finds nothing queued.
-            for user_id in islice(waiting, WORKERS - len(under_way)):
-                under_way.add(pool.submit(process_user, api, user_id))
-            if not under_way:
-                break
-            finished, under_way = wait(under_way, PROGRESS_SECONDS, FIRST_COMPLETED)
-            processed += len(finished)
-            failed += sum(not future.result() for future in finished)
-            if time.monotonic() >= report_at or processed == len(user_ids):
-                logger.info(f"{processed:,} of {len(user_ids):,} users, {failed:,} failed")
-                report_at += PROGRESS_SECONDS
-    if failed:
-        raise ProcessingError(f"{failed:,} of {len(user_ids):,} users failed")
-
-
-def process_user(api: "DatavillageApi", user_id: str) -> bool:
-    """Compute and store one user's result; return whether that went well, and log why not."""
-    try:
+    def work(user_id: str) -> None:
         api.store(user_id, compute(user_id, api.user_data(user_id)))
-    except ProcessingError as error:
-        logger.error("user %s: %s", user_id, error)
-        return False
-    except BaseException:  # exit() for one user is no reason to leave the others
-        logger.exception("user %s: compute failed", user_id)
-        return False
-    return True
+
+    user_ids = event.get("userIds")
+    if user_ids is None:
+        user_ids = api.active_users()
+    stored = for_each_user(user_ids, work)
+    if failed := set(user_ids) - stored.keys():
+        raise ProcessingError(f"{len(failed):,} of {len(set(user_ids)):,} users failed")
+
+
+def for_each_user(user_ids: Iterable[str], work: Callable[[str], Result]) -> dict[str, Result]:
+    """Call `work` with each user's ID, each once, WORKERS side by side, in threads.
+
+    Returns, by user ID, what it returned. A user whose work raised is not in there, but in the
+    log, with the reason. On a stop, users under way are finished, and no more are begun.
+    """
+    users = dict.fromkeys(user_ids)
+    waiting = iter(users)
+    results: dict[str, Result] = {}
+    failed: list[str] = []
+
+    def work_in_turn() -> None:
+        for user_id in waiting:
+            try:
+                results[user_id] = work(user_id)
+            except BaseException as error:  # exit() for one user is no reason to leave the others
+                failed.append(user_id)
+                bug = not isinstance(error, ProcessingError)
+                logger.error("user %r: %s", user_id, describe(error), exc_info=bug)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            workers = [pool.submit(work_in_turn) for _ in range(min(WORKERS, len(users)))]
+            report_at = time.monotonic() + PROGRESS_SECONDS
+            under_way = True
+            while under_way:
+                # In steps of a second: a signal that another thread takes does not end a wait.
+                under_way = wait(workers, timeout=1).not_done
+                if not under_way or time.monotonic() >= report_at:
+                    done = len(results) + len(failed)
+                    logger.info(f"{done:,} of {len(users):,} users, {len(failed):,} failed")
+                    report_at += PROGRESS_SECONDS
+        finally:
+            deque(waiting, maxlen=0)  # on a stop, leaves the workers no user to begin
+    return results
 
 
 class ProcessingError(Exception):
     """What went wrong, in words that hold neither the token nor a user's data: they are logged."""
+
+
+def describe(error: BaseException) -> str:
+    """Return, on a line, what may be said of an exception: its text may quote a user's data.
+
+    That is the text of a ProcessingError; of any other the type, and the places it came through.
+    """
+    if isinstance(error, ProcessingError):
+        return str(error)
+    # Of an endless recursion there are a thousand places.
+    last_places = traceback.extract_tb(error.__traceback__, limit=-30)
+    places = [
+        f"{os.path.basename(place.filename)}:{place.lineno} {place.name}" for place in last_places
+    ]
+    return f"{type(error).__name__} at {', '.join(places)}"
 
 
 class DatavillageApi:
@@ -109,11 +124,9 @@ class DatavillageApi:
     """
 
     def __init__(self) -> None:
-        client, application = (
-            as_segment(os.environ[name]) for name in ("DV_CLIENT_ID", "DV_APP_ID")
-        )
+        app, client = as_segment(os.environ["DV_APP_ID"]), as_segment(os.environ["DV_CLIENT_ID"])
         base = os.environ["DV_URL"].rstrip("/")
-        self._users_url = f"{base}/clients/{client}/applications/{application}/activeUsers"
+        self._users_url = f"{base}/clients/{client}/applications/{app}/activeUsers"
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {os.environ['DV_TOKEN']}"
         # Proxies and CA bundle are read here, once; else each request would look them up, and
@@ -128,16 +141,15 @@ class DatavillageApi:
             raise_on_status=False,
             backoff_factor=BACKOFF_SECONDS,
             backoff_jitter=JITTER_SECONDS,
+            retry_after_max=RETRY_AFTER_SECONDS,
         )
-        adapter = HTTPAdapter(pool_maxsize=WORKERS, max_retries=retry)
-        self._session.mount("https://", adapter)
-        self._session.mount("http://", adapter)
+        for scheme in ("https://", "http://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=WORKERS, max_retries=retry))
 
     def active_users(self) -> list[str]:
         """Return the IDs of all users who are active in the application."""
-        response = self._call("GET", self._users_url)
         try:
-            user_ids = json.loads(response.content)
+            user_ids = json.loads(self._call("GET", self._users_url))
         except (ValueError, RecursionError):
             user_ids = None
         if not isinstance(user_ids, list) or not all(isinstance(item, str) for item in user_ids):
@@ -148,8 +160,8 @@ class DatavillageApi:
         """Return a user's data, as Turtle."""
         url = f"{self._users_url}/{as_segment(user_id)}/data"
         try:
-            # Not `text`: it takes text/* for ISO-8859-1. Turtle is UTF-8 (W3C, RDF 1.1 Turtle).
-            return self._call("GET", url).content.decode("utf-8")
+            # By itself requests takes text/* for ISO-8859-1. Turtle is UTF-8 (W3C, RDF 1.1 Turtle).
+            return self._call("GET", url).decode("utf-8")
         except UnicodeDecodeError:
             raise ProcessingError(f"GET {url} answered no UTF-8") from None
 
@@ -159,30 +171,22 @@ class DatavillageApi:
         """Store a user's result, as Turtle, in place of an earlier one of that kind."""
         if not isinstance(turtle, str):
             raise ProcessingError(f"the result is {type(turtle).__name__}, not str")
-        self._call("PUT", f"{self._users_url}/{as_segment(user_id)}/{kind}", turtle.encode("utf-8"))
+        url = f"{self._users_url}/{as_segment(user_id)}/{kind}"
+        headers = {"Content-Type": "text/turtle"}
+        self._call("PUT", url, data=turtle.encode("utf-8"), headers=headers)
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
-
-    def _call(self, method: str, url: str, turtle: bytes | None = None) -> requests.Response:
-        headers = None if turtle is None else {"Content-Type": "text/turtle"}
+    def _call(self, method: str, url: str, **content: Any) -> bytes:
+        options = {"timeout": TIMEOUT_SECONDS, "stream": True, **content}
         try:
-            # A redirected PUT would be sent again as a GET.
-            response = self._session.request(
-                method,
-                url,
-                data=turtle,
-                headers=headers,
-                timeout=TIMEOUT_SECONDS,
-                allow_redirects=False,
-            )
-        except OSError as error:  # as all exceptions of requests are
+            # As a stream, an answer that is not read closes its connection. That matters after an
+            # interim one (103): the real one comes behind it, and would answer the next call.
+            # A redirect is not followed: a PUT would be sent again as a GET.
+            with self._session.request(method, url, allow_redirects=False, **options) as response:
+                if 200 <= response.status_code < 300:
+                    return response.content
+                raise ProcessingError(f"{method} {url} answered {response.status_code}")
+        except requests.RequestException as error:
             raise ProcessingError(f"{method} {url}: {reason_of(error)}") from None
-        status = response.status_code
-        if not 200 <= status < 300:
-            raise ProcessingError(f"{method} {url} answered {status}{REMEDIES.get(status, '')}")
-        return response
 
 
 def as_segment(text: str) -> str:
@@ -191,17 +195,13 @@ def as_segment(text: str) -> str:
     Raises ProcessingError for `.` and `..`, which lead to another resource however encoded.
     """
     if text in ("", ".", ".."):
-        raise ProcessingError(f"'{text}' cannot be part of a URL")
-    return quote(text, safe="", errors="surrogatepass")
+        raise ProcessingError(f"{text!r} cannot be part of a URL")
+    return quote(text, safe="")
 
 
-def reason_of(error: OSError) -> str:
-    """Return why a call failed, without what a header holds, or a broken answer."""
-    if type(error) is OSError:
-        return str(error)  # from requests: there is no CA bundle at this path
-    failure = error.args[0] if error.args else None
-    failure = getattr(failure, "reason", failure)  # of the last retry
+def reason_of(error: requests.RequestException) -> str:
+    """Return why a call failed, in words where these hold no header and no part of an answer."""
+    failure = getattr(error.args[0], "reason", error.args[0])  # of the last retry
     errors = urllib3.exceptions
-    if isinstance(failure, (errors.TimeoutError, errors.SSLError, errors.ProxyError)):
-        return str(failure)
-    return type(failure if isinstance(failure, Exception) else error).__name__
+    in_words = isinstance(failure, (errors.TimeoutError, errors.SSLError, errors.ProxyError))
+    return str(failure) if in_words else type(error).__name__

@@ -1,13 +1,18 @@
 """The cage at home: `pytest` tests this project in it, `python test.py` rehearses an algorithm.
 
-Both do what the cage does: they start the entry of datavillage.yaml as a process of its own, with
-the documented variables, a Redis over TCP and an API over HTTP. The Redis is fakeredis, embedded,
-so that nothing has to be installed. Where a redis-server is found, the tests use that as well.
+Both do what the cage does: they start the entry as a process of its own, with the documented
+variables, a Redis over TCP and an API over HTTP. Your tests come first, then the template's; the
+cage and the rehearsal are at the bottom. The Redis is fakeredis, embedded, so that nothing has to
+be installed; where there is a redis-server, the tests use that.
 """
 
+from __future__ import annotations
+
 import argparse
+import asyncio
 import contextlib
 import datetime
+import functools
 import json
 import os
 import re
@@ -22,6 +27,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,19 +41,937 @@ import yaml
 import index
 import process
 
-ROOT = Path(__file__).resolve().parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIG = yaml.safe_load((ROOT / "datavillage.yaml").read_text(encoding="utf-8"))
+# YOUR TESTS. Edit them along with `compute` and `process_event`, which no other test here uses.
+
+# Each user's data by user ID: for these tests, and for `python test.py` without files.
 USERS = {
     "alice": '<https://example.org/alice> <https://schema.org/name> "Alice" .\n',
     "bob": '<https://example.org/bob> <https://schema.org/knows> "Zoë", "佐江" .\n',
 }
+
+
+def test_compute_tells_the_length_in_a_valid_triple_whatever_the_id():
+    for user_id in ("alice", "https://alice.example/card#me", 'a b<c>"d"\\e^`{|}\n', "Zoë", "100%"):
+        iri = r'<[^\x00-\x20<>"{}|^`\\]+>'  # IRIREF of the Turtle grammar, without escapes
+        assert re.fullmatch(f"{iri} {iri} 4 \\.\n", process.compute(user_id, "Zoë\n")), user_id
+
+
+def test_process_event_stores_a_result_for_each_user_of_the_event(cage: Cage):
+    cage.api.users = USERS
+    for event, user_ids in (
+        ({}, ["alice", "bob"]),
+        ({"userIds": None}, ["alice", "bob"]),
+        ({"userIds": ["bob", "bob"]}, ["bob"]),
+        ({"userIds": []}, []),
+    ):
+        cage.api.stored = {}
+        process.process_event(event)
+        results = {user_id: process.compute(user_id, USERS[user_id]) for user_id in user_ids}
+        assert cage.api.stored == {(user_id, "inferences"): results[user_id] for user_id in results}
+
+
+def test_process_event_fails_in_the_end_when_a_user_failed(cage: Cage):
+    cage.api.users = USERS
+    with pytest.raises(process.ProcessingError, match="1 of 3 users failed"):
+        process.process_event({"userIds": ["nobody", "alice", "bob"]})
+    assert len(cage.api.stored) == 2
+
+
+def test_process_event_in_the_whole_cage(cage: Cage):
+    cage.api.users = USERS
+    cage.edit("")  # nothing: the entry runs your process.py as it is
+    cage.publish({"jobId": "job-1", "trigger": "test"})
+    run = cage.start()
+    assert run.end() == 0, run.log
+    assert cage.api.stored.keys() == {("alice", "inferences"), ("bob", "inferences")}
+    assert cage.pending() == {}
+
+
+# THE TEMPLATE'S TESTS bring algorithms of their own. First, what is deployed.
+
+
+def test_the_config_and_the_requirements_are_what_the_cage_expects():
+    assert CONFIG.keys() == {"env", "script", "entry"}
+    assert "pip install -r requirements.txt" in CONFIG["script"]
+    program, file = CONFIG["entry"].split()
+    assert program == "python"
+    assert (ROOT / file).is_file()
+    requirements = (ROOT / "requirements.txt").read_text("utf-8")
+    pinned = set(re.findall(r"^([a-z]+)==[0-9.]+$", requirements, re.MULTILINE))
+    assert pinned >= {"fakeredis", "pytest", "pyyaml", "redis", "requests"}
+
+
+# What an event is
+
+
+def test_an_event_is_parsed_whole():
+    for payload in (
+        "{}",
+        '{"userIds": ["a", "https://b.example/c#me"], "jobId": "1", "trigger": "full"}',
+        '{"userIds": null, "type": "FULL", "data": {"own": [1, "ë"]}, "more": true}',
+        '{"userIds": []}',
+    ):
+        assert index.parse({b"msg_data": payload.encode("utf-8")}) == json.loads(payload)
+
+
+NO_OBJECT = "msg_data is not a JSON object in UTF-8"
+NO_USER_IDS = "userIds is not a list of non-empty strings other than '.' and '..'"
+
+
+def test_a_malformed_event_is_named_without_a_word_of_it():
+    user_ids = [
+        '"secret"',
+        "{}",
+        "7",
+        "false",
+        "[1]",
+        '["secret", null]',
+        '[""]',
+        '["."]',
+        '[".."]',
+    ]
+    no_objects = [b'{"secret": ', b'{"secret": "\xff"}', '{"secret": 1}'.encode("utf-16"), b"null"]
+    no_objects += [b'["secret"]', b'{"a":' * 100_000, b'{"a": %s}' % (b"7" * 5_000)]
+    payloads = dict.fromkeys(no_objects, NO_OBJECT)
+    payloads |= {b'{"userIds": %s}' % value.encode(): NO_USER_IDS for value in user_ids}
+    for payload, reason in payloads.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+            index.parse({b"msg_data": payload})
+
+
+# What happens to an event
+
+
+def test_one_run_takes_one_event_the_oldest_and_misses_none_from_before_the_first_start(cage: Cage):
+    events, handled = [{"number": 1}, {"number": 2}], []
+    for event in events:
+        cage.publish_raw(msg_data=json.dumps(event), other="field")
+    for number in (1, 2):
+        assert cage.handle(handled.append) == 0
+        assert handled == events[:number]
+        assert cage.pending() == {}
+    assert len(cage.queue.xinfo_consumers("events", "consummers")) == 1  # no run leaves a trace
+
+
+def test_a_malformed_event_is_set_aside_at_once_among_about_a_thousand(cage: Cage, caplog):
+    for _ in range(1_500):
+        cage.queue.xadd("events:dead-letter", {"msg_data": "{}"})
+    malformed = cage.publish_raw(own="field", error="its own")
+    cage.publish({})
+    assert cage.handle(never) == 1
+    reason = f"malformed: {NO_OBJECT}"
+    text = f"message {malformed}: set aside in events:dead-letter: {reason}"
+    assert ("index", "ERROR", text) in log_of(caplog)
+    letters = cage.dead_letters()
+    assert 1_000 <= len(letters) <= 1_100  # Redis trims whole nodes, of 100 entries
+    assert letters[-1] == {"own": "field", "error": reason, "message_id": malformed}
+    assert cage.pending() == {}
+    assert cage.handle(ignore) == 0
+
+
+def test_an_event_is_set_aside_when_three_deliveries_failed_or_killed_their_worker(cage, caplog):
+    fails = cage.publish_raw(msg_data='{"number": 1}')
+    for delivery in (1, 2, 3):
+        assert cage.pending() == ({fails: delivery - 1} if delivery > 1 else {})
+        assert cage.dead_letters() == []
+        assert cage.handle(raise_(process.ProcessingError("no age given\ud800"))) == 1
+        assert ("index", "INFO", f"message {fails}: delivery {delivery} of 3") in log_of(caplog)
+        cage.make_old(fails)
+    assert ("index", "ERROR", f"message {fails}: failed: no age given\ud800") in log_of(caplog)
+    kills = cage.publish_raw(msg_data='{"number": 2}')
+    cage.deliver_to_another(kills)
+    cage.make_old(kills, deliveries=3)
+    assert cage.handle(never) == 1
+    reason = "delivered 3 times, finished by no worker"
+    assert cage.dead_letters() == [
+        {"msg_data": '{"number": 1}', "error": "no age given\\ud800", "message_id": fails},
+        {"msg_data": '{"number": 2}', "error": reason, "message_id": kills},
+    ]
+    assert cage.pending() == {}
+
+
+def test_a_dead_letter_that_redis_refuses_stays_in_the_queue(cage: Cage):
+    cage.queue.set("events:dead-letter", "no stream")
+    refused = cage.publish_raw(msg_data='["secret"]')
+    with pytest.raises(redis.ResponseError, match=r"^WRONGTYPE [^\[]*$"):
+        cage.handle(never)
+    assert cage.pending() == {refused: 1}
+
+
+class UnspeakableError(Exception):
+    """What cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("secret")
+
+
+def test_an_event_fails_by_any_exception_and_anything_returned_and_no_text_is_told(cage, caplog):
+    def recurse(event: dict) -> None:
+        recurse(event)
+
+    coroutine = asyncio.sleep(0, "secret")  # what calling an `async def` gives
+    for work, reason in (
+        (
+            raise_(UnspeakableError()),
+            r"UnspeakableError at index\.py:\d+ handle, test\.py:\d+ work",
+        ),
+        (raise_(SystemExit("secret")), "SystemExit at .*"),
+        (recurse, "RecursionError at .*"),
+        (lambda event: coroutine, r"process_event returned coroutine: is it async\?"),
+        (lambda event: iter(["secret"]), r"process_event returned list_iterator: is it async\?"),
+    ):
+        message_id = cage.publish({})
+        assert cage.handle(work) == 1
+        text = log_of(caplog)[-1][2]
+        assert re.fullmatch(f"message {message_id}: failed: {reason}", text)
+        assert len(text) < 2_000
+        assert cage.pending()[message_id] == 1
+    coroutine.close()
+
+
+# At least once
+
+
+def test_the_oldest_abandoned_event_comes_first_however_many_live_workers_hold(cage: Cage):
+    held = [cage.publish({"number": number}) for number in range(300)]
+    cage.deliver_to_another(*held)
+    for message_id in held[-2:]:
+        cage.make_old(message_id)
+    cage.publish({"number": 300})
+    handled = []
+    for _ in range(3):
+        assert cage.handle(handled.append) == 0
+    assert [event["number"] for event in handled] == [298, 299, 300]
+    assert cage.pending() == dict.fromkeys(held[:-2], 1)
+
+
+def test_a_waiting_worker_finds_an_event_as_it_is_abandoned(
+    real_cage: Cage, background, monkeypatch
+):
+    monkeypatch.setattr(index, "WAIT_SECONDS", 0.05)
+    message_id = real_cage.publish({})
+    real_cage.deliver_to_another(message_id)
+    run = background.submit(real_cage.handle, ignore)
+    time.sleep(0.2)
+    assert not run.done()
+    real_cage.make_old(message_id)
+    assert run.result(PATIENCE_SECONDS) == 0
+
+
+def test_a_claim_is_renewed_while_the_work_goes_on(cage: Cage, background, monkeypatch):
+    assert (index.RENEW_SECONDS, index.CLAIM_SECONDS, index.WAIT_SECONDS) == (20, 60, 10)
+    monkeypatch.setattr(index, "CLAIM_SECONDS", 0.5)
+    monkeypatch.setattr(index, "RENEW_SECONDS", 0.1)
+    slow, finish = cage.publish({}), threading.Event()
+    run = background.submit(cage.handle, lambda event: finish.wait(PATIENCE_SECONDS) and None)
+    until(cage.pending, "the event is taken")
+    time.sleep(0.8)  # longer than a claim without renewal
+    cage.publish({"number": 2})
+    handled = []
+    assert cage.handle(handled.append) == 0
+    assert handled[0]["number"] == 2
+    assert cage.pending() == {slow: 1}  # a renewal is no delivery
+    finish.set()
+    assert run.result(PATIENCE_SECONDS) == 0
+    assert cage.pending() == {}
+
+
+def test_a_claim_that_cannot_be_renewed_is_a_warning_and_the_work_goes_on(
+    cage: Cage, caplog, monkeypatch
+):
+    monkeypatch.setattr(index, "RENEW_SECONDS", 0.05)
+
+    def lose_the_queue(event: dict) -> None:
+        cage.queue.flushall()
+        until(lambda: "claim not renewed: NOGROUP" in caplog.text, "a warning")
+
+    cage.publish({})
+    assert cage.handle(lose_the_queue) == 0
+
+
+def test_an_entry_trimmed_while_it_was_pending_is_skipped_with_a_warning(cage: Cage, caplog):
+    trimmed = cage.publish({})
+    cage.deliver_to_another(trimmed)
+    cage.make_old(trimmed)
+    cage.queue.xdel("events", trimmed)
+    cage.publish({"number": 2})
+    handled = []
+    assert cage.handle(handled.append) == 0
+    assert handled[0]["number"] == 2
+    text = f"message {trimmed}: trimmed from the queue, skipped"
+    assert ("index", "WARNING", text) in log_of(caplog)
+    assert cage.pending() == {}
+
+
+@pytest.mark.parametrize("error", [process.ProcessingError("no age given"), KeyboardInterrupt()])
+def test_an_event_trimmed_while_it_was_worked_on_is_set_aside_if_it_fails_or_is_stopped(
+    cage: Cage, monkeypatch, error: BaseException
+):
+    monkeypatch.setattr(index, "RENEW_SECONDS", 0.05)
+
+    def fail(event: dict) -> None:
+        cage.queue.xtrim("events", 0)
+        time.sleep(0.2)  # for a renewal, which on Redis 7 removes the pending entry
+        raise error
+
+    message_id = cage.publish_raw(msg_data="{}")
+    with contextlib.suppress(KeyboardInterrupt):
+        assert cage.handle(fail) == 1
+    reason = f"{str(error) or 'stopped'}; meanwhile it was trimmed from the queue"
+    letter = {"msg_data": "{}", "error": reason, "message_id": message_id}
+    assert cage.dead_letters() == [letter]
+    assert cage.pending() == {}
+
+
+# Many users at once
+
+
+def test_a_user_whose_work_raised_is_named_with_the_reason_and_stops_no_other(caplog):
+    caplog.set_level("INFO")
+    work = {
+        "alice": len,
+        "b\nad": int,
+        "exit": sys.exit,
+        "no age": raise_(process.ProcessingError("no age given")),
+        "bob": len,
+    }
+    user_ids = iter([*work, *work])
+    called = []
+
+    def work_once(user_id: str) -> int:
+        called.append(user_id)
+        return work[user_id](user_id)
+
+    assert process.for_each_user(user_ids, work_once) == {"alice": 5, "bob": 3}
+    assert sorted(called) == sorted(work)
+    place = r"at process\.py:\d+ work_in_turn, test\.py:\d+ work_once"
+    lines = "\n".join(text for _, _, text in log_of(caplog))
+    assert re.search(rf"^user 'b\\nad': ValueError {place}$", lines, re.MULTILINE)
+    assert re.search(rf"^user 'exit': SystemExit {place}$", lines, re.MULTILINE)
+    assert ("process", "ERROR", "user 'no age': no age given") in log_of(caplog)
+    assert ("process", "INFO", "5 of 5 users, 3 failed") in log_of(caplog)
+
+
+def test_sixteen_users_are_worked_on_side_by_side_on_connections_that_are_kept(api, client):
+    together = threading.Barrier(16, timeout=PATIENCE_SECONDS)
+
+    def work(number: str) -> int:
+        together.wait()  # all 16 are under way, and no connection is in use
+        client.user_data("ann")
+        return threading.get_ident()
+
+    threads = process.for_each_user(map(str, range(48)), work)
+    assert len(threads) == 48
+    assert len(set(threads.values())) == 16
+    assert len(api.clients) <= 16
+
+
+def test_a_long_job_tells_its_progress(caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(process, "PROGRESS_SECONDS", 0.1)
+
+    def work(user_id: str) -> None:
+        if user_id == "1099":
+            until(lambda: "1,099 of 1,100 users, 0 failed" in caplog.text, "progress")
+
+    assert len(process.for_each_user(map(str, range(1100)), work)) == 1100
+    assert caplog.text.count(" users, ") < 100
+
+
+def test_a_child_of_the_algorithm_can_be_ended():
+    def work(user_id: str) -> int:
+        with subprocess.Popen(["sleep", "9"]) as child:
+            child.terminate()
+            return child.wait()
+
+    assert process.for_each_user(["alice"], work) == {"alice": -signal.SIGTERM}
+
+
+# What the API may do
+
+
+def test_any_id_is_one_path_segment(api: StandInApi, client: process.DatavillageApi):
+    user_ids = ["https://alice.example/card#me", "a/b", "a?b", "../c", "%2e", " ", "Zoë", "佐\n江"]
+    api.users = {user_id: f"# {user_id!r}" for user_id in user_ids}
+    assert client.active_users() == user_ids
+    assert {user_id: client.user_data(user_id) for user_id in user_ids} == api.users
+    for user_id in (".", "..", ""):
+        with pytest.raises(process.ProcessingError, match=f"'{user_id}' cannot be part of a URL"):
+            client.user_data(user_id)
+
+
+def test_results_and_explanations_are_stored_as_turtle(api, client):
+    client.store("ben", "# Zoë")
+    client.store("ben", "# why", "explains")
+    assert api.stored == {("ben", "inferences"): "# Zoë", ("ben", "explains"): "# why"}
+    with pytest.raises(process.ProcessingError, match="the result is NoneType, not str"):
+        client.store("ben", None)
+
+
+def test_no_interim_answer_gives_a_user_the_data_of_another(api, client, caplog):
+    api.users = {f"user-{number}": f"# {number}" for number in range(60)}
+    hinted = {f"user-{number}" for number in range(0, 60, 5)}
+    for user_id in hinted:
+        interim = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n"
+        api.interim[f"GET activeUsers/{user_id}/data"] = interim
+    data = process.for_each_user(api.users, client.user_data)
+    assert data == {user_id: api.users[user_id] for user_id in api.users.keys() - hinted}
+    assert len(re.findall("/data answered 103", caplog.text)) == 12
+
+
+def test_passing_faults_are_ridden_out(api, client):
+    cut = b""
+    api.faults = {
+        "GET activeUsers": [fault(500), cut],
+        "GET activeUsers/ann/data": [fault(502), fault(503), cut],
+        "PUT activeUsers/ann/inferences": [cut, fault(504), fault(429)],
+    }
+    assert client.active_users() == ["ann", "ben"]
+    client.store("ann", client.user_data("ann"))
+    assert api.stored == {("ann", "inferences"): PEOPLE["ann"]}
+    assert not any(api.faults.values())
+
+
+def test_a_wrong_answer_is_an_error_in_words_that_do_not_quote_it(api, client):
+    ok = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+    for answers, error in (
+        ([ok + b"Content-Length: 9\r\n\r\nsecret"], r"\w+Error"),
+        ([ok + b"Transfer-Encoding: chunked\r\n\r\nsecret"], r"\w+Error"),
+        ([ok + b"Content-Encoding: gzip\r\nContent-Length: 6\r\n\r\nsecret"], r"\w+Error"),
+        ([b"secret\r\n\r\n"] * (1 + process.RETRIES), r"\w+Error"),
+        ([fault(503)] * (1 + process.RETRIES), "answered 503"),
+        ([fault(401)], "answered 401"),
+        *(
+            ([fault(200, text)], "answered no JSON array of strings")
+            for text in (b'{"users": []}', b"[1]", b"<html>", b"[" * 100_000, b'["\xff"]')
+        ),
+    ):
+        api.faults = {"GET activeUsers": answers}
+        url = f"{api.url}/clients/client-1/applications/app-1/activeUsers"
+        with pytest.raises(process.ProcessingError, match=f"^GET {url}:? {error}$"):
+            client.active_users()
+        assert answers == []
+    assert BACKOFF_SECONDS * (2**process.RETRIES - 2) >= 15  # the pauses between the tries
+    api.faults = {"GET activeUsers/ann/data": [fault(200, b"Zo\xeb")]}
+    with pytest.raises(process.ProcessingError, match="/ann/data answered no UTF-8"):
+        client.user_data("ann")
+
+
+def test_a_redirect_is_an_error_and_is_not_followed(api, client):
+    location = f"{api.url}/clients/client-1/applications/app-1/activeUsers/ben/inferences"
+    redirects = [fault(status, location=location) for status in (301, 302, 303, 307, 308)]
+    api.faults = {"PUT activeUsers/ann/inferences": redirects.copy()}
+    for _ in redirects:
+        with pytest.raises(process.ProcessingError, match=r"/ann/inferences answered 30\d"):
+            client.store("ann", "")
+    assert api.requests == ["PUT activeUsers/ann/inferences"] * len(redirects)
+
+
+def test_the_api_may_ask_for_a_pause_but_for_no_more_than_a_minute(cage: Cage, monkeypatch):
+    assert process.RETRY_AFTER_SECONDS == 60
+    monkeypatch.setattr(process, "RETRY_AFTER_SECONDS", 1)
+    cage.api.faults = {"GET activeUsers": [fault(429, retry_after="86400")]}
+    started = time.monotonic()
+    process.DatavillageApi().active_users()
+    assert time.monotonic() - started >= 1
+
+
+def test_an_api_that_does_not_answer_or_is_away_is_named_with_the_reason(cage: Cage, monkeypatch):
+    monkeypatch.setattr(process, "RETRIES", 0)
+    monkeypatch.setattr(process, "TIMEOUT_SECONDS", (5, 0.2))
+    cage.api.held = {"GET activeUsers"}
+    with pytest.raises(process.ProcessingError, match=r"Read timed out\. \(read timeout=0\.2\)$"):
+        process.DatavillageApi().active_users()
+    monkeypatch.setenv("DV_URL", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(process.ProcessingError, match=r"^GET http://127.0.0.1:9/.* refused$"):
+        process.DatavillageApi().active_users()
+
+
+def test_proxies_are_those_of_the_environment_and_no_netrc_replaces_the_token(
+    cage: Cage, monkeypatch, tmp_path: Path
+):
+    (tmp_path / ".netrc").write_text("machine api.example login somebody password else\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("http_proxy", cage.api.url)
+    # To a proxy the whole URL is sent, and no client tidies it up: the slash may be there.
+    monkeypatch.setenv("DV_URL", "http://api.example/")
+    assert process.DatavillageApi().user_data("ann") == PEOPLE["ann"]
+    [headers] = cage.api.headers
+    assert (headers["Host"], headers["Authorization"]) == ("api.example", f"Bearer {TOKEN}")
+
+
+def test_the_api_is_verified_with_the_ca_bundle_of_the_environment(real_cage: Cage, monkeypatch):
+    api, certificate = real_cage.api, real_cage.server.certificate
+    monkeypatch.setattr(process, "RETRIES", 0)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    api.socket = context.wrap_socket(api.socket, server_side=True)
+    monkeypatch.setenv("DV_URL", f"https://127.0.0.1:{api.server_port}")
+    with pytest.raises(process.ProcessingError, match="certificate verify failed"):
+        process.DatavillageApi().active_users()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    assert process.DatavillageApi().active_users() == ["ann", "ben"]
+
+
+# The process: what it needs, what it logs, how it ends
+
+
+def test_what_is_missing_or_unusable_is_named_in_one_line_and_nothing_is_taken(cage, monkeypatch):
+    unusable = {
+        "DV_URL": ["", "api.datavillage.me", "https://user:secret@api.datavillage.me"],
+        "DV_TOKEN": ["", "secret\n", "sec ret"],
+        "DV_APP_ID": ["", "."],
+        "DV_CLIENT_ID": ["", ".."],
+        "REDIS_SERVICE_HOST": [""],
+        "REDIS_SERVICE_PORT": ["", "tcp://10.0.0.1:6379", "70000"],
+        "LOGLEVEL": ["LOUD"],
+        "TLS_CAFILE": ["/nowhere/ca.crt", __file__],
+    }
+    assert index.unusable_variables() == []
+    for name, values in unusable.items():
+        for value in values:
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                assert index.unusable_variables() == [name]
+    cage.publish({})
+    run = cage.start(**{name: values[-1].rstrip() for name, values in unusable.items()})
+    assert run.end() == 2
+    [line] = run.lines
+    assert line.endswith(f" ERROR not started: missing or unusable: {', '.join(unusable)}")
+    assert cage.queue.xinfo_groups("events") == []
+
+
+def test_an_error_in_process_py_is_pythons_own_and_costs_no_event(cage: Cage):
+    cage.edit("import nowhere")
+    cage.publish({})
+    run = cage.start()
+    assert run.end() == 1
+    assert "ModuleNotFoundError: No module named 'nowhere'\n" in run.log
+    assert cage.queue.xinfo_groups("events") == []
+
+
+TALKATIVE = """
+import asyncio, gc, logging, threading, warnings
+
+class Unraisable:
+    def __del__(self):
+        int(self.data)
+
+async def fail_later(data):
+    async def fail():
+        int(data)
+    asyncio.create_task(fail())
+    await asyncio.sleep(0)
+
+def process_event(event):
+    data = DatavillageApi().user_data("ann")
+    logging.getLogger("library").warning(data)
+    logging.warning(data)
+    silent = logging.getLogger("silent")
+    silent.propagate = False
+    silent.error(data)
+    warnings.warn(data)
+    unraisable = Unraisable()
+    unraisable.data = data
+    del unraisable
+    thread = threading.Thread(target=int, args=[data])
+    thread.start()
+    thread.join()
+    asyncio.run(fail_later(data))
+    gc.collect()
+    logging.getLogger("process.ages").debug("of my own: %r", "ë\\n")
+    print("printed ë")
+    int(data)
+"""
+
+
+def test_libraries_and_exceptions_do_not_speak_at_any_level_and_the_authors_code_does(cage: Cage):
+    cage.api.users = {"ann": "secret"}
+    cage.edit(TALKATIVE)
+    cage.publish({})
+    run = cage.start(LOGLEVEL="DEBUG", PYTHONIOENCODING="ascii")
+    assert run.end() == 1
+    assert "secret" not in run.log
+    assert TOKEN not in run.log
+    assert "\nprinted \\xeb\n" in run.log
+    place = r"ValueError at [\w.:, ]+"
+    patterns = [
+        "INFO waiting .*",
+        r"INFO message [\d-]+: delivery 1 of 3",
+        f"ERROR left unraised: {place} __del__",
+        f"ERROR left unraised: {place} run",
+        r"DEBUG of my own: '\\xeb\\n'",
+        rf"ERROR message [\d-]+: failed: {place} process_event",
+    ]
+    for line, pattern in zip(run.lines, patterns, strict=True):
+        assert re.fullmatch(rf"[\d-]{{10}} [\d:]{{8}},\d{{3}} {pattern}", line)
+
+
+def test_a_log_that_breaks_stops_no_work_and_reports_no_data(cage: Cage):
+    cage.api.users = {"ann": "secret"}
+    cage.edit(TALKATIVE.replace("    print", "    # print"))
+    message_id = cage.publish({})
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = call(cage.folder, "python", "index.py", stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert cage.pending() == {message_id: 1}
+    assert "secret" not in done.stderr
+
+
+def test_a_run_killed_in_the_middle_is_finished_by_the_next(cage: Cage):
+    cage.api.held = {"GET activeUsers/ben/data"}
+    message_id = cage.publish({})
+    run = cage.start()
+    until(lambda: cage.api.stored and cage.api.is_holding(), "half is done")
+    run.kill()
+    assert run.end() == -signal.SIGKILL
+    assert cage.pending() == {message_id: 1}
+    assert cage.api.stored.keys() == {("ann", "inferences")}
+    cage.api.gate.set()
+    cage.make_old(message_id)
+    run = cage.start(LOGLEVEL="WARNING")
+    assert run.end() == 0
+    assert run.lines == []
+    assert cage.api.stored.keys() == {("ann", "inferences"), ("ben", "inferences")}
+    assert cage.pending() == {}
+
+
+def test_a_run_waits_without_end_or_cost_and_takes_an_event_as_it_comes(
+    real_cage: Cage, background, caplog
+):
+    run = background.submit(real_cage.handle, ignore)
+    until(real_cage.is_waited_on, "it waits")
+    processor_seconds = time.process_time()
+    time.sleep(5.5)  # more than redis-py by itself waits for an answer
+    assert time.process_time() - processor_seconds < 0.5
+    [client] = [item for item in real_cage.queue.client_list() if item["cmd"] == "xreadgroup"]
+    assert int(client["age"]) >= 5  # it was not given up and made anew
+    real_cage.publish({})
+    published = time.monotonic()
+    assert run.result(PATIENCE_SECONDS) == 0
+    assert time.monotonic() - published < 3  # it waits in steps of 10 s
+    assert "WARNING" not in caplog.text
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_waiting_run_at_once_and_quietly(real_cage: Cage, signal_number: int):
+    run = real_cage.start()
+    until(real_cage.is_waited_on, "it waits")
+    run.send_signal(signal_number)
+    sent = time.monotonic()
+    assert run.end() == 143
+    assert time.monotonic() - sent < 3  # it waits in steps of 10 s
+    assert len(run.lines) == 1
+
+
+def test_sigterm_lets_users_under_way_finish_and_hands_the_event_to_the_next(cage: Cage):
+    cage.api.users = {f"user-{number}": "" for number in range(40)}
+    cage.api.held = {f"GET activeUsers/user-{number}/data" for number in range(16)}
+    message_id = cage.publish({})
+    run = cage.start()
+    until(cage.api.is_holding, "16 users are under way")
+    run.send_signal(signal.SIGTERM)
+    time.sleep(1.5)  # it may take a second until the main thread sees it
+    cage.api.gate.set()
+    assert run.end() == 143
+    assert f" WARNING message {message_id}: stopped\n" in run.log
+    assert "Traceback" not in run.log
+    assert len(cage.api.stored) == 16
+    assert len(cage.api.requests) == 1 + 16 + 16
+    assert cage.pending() == {message_id: 0}
+    assert cage.start().end() == 0
+    assert len(cage.api.stored) == 40
+
+
+# When Redis goes away
+
+
+@pytest.mark.parametrize(
+    "state", ["starting", "waiting", "waiting, without its data", "working", "acknowledging"]
+)
+def test_a_restart_of_redis_is_ridden_out_with_one_warning_that_names_the_reason(
+    real_cage: Cage, background, caplog, monkeypatch, state: str
+):
+    cage, finish, waiting = real_cage, threading.Event(), state.startswith("waiting")
+    if state == "working":
+        monkeypatch.setattr(index, "RENEW_SECONDS", 0.05)
+    if not waiting:
+        cage.publish({})
+    if state == "starting":
+        cage.server.kill()
+    run = background.submit(cage.handle, lambda event: finish.wait(PATIENCE_SECONDS) and None)
+    if state != "starting":
+        until(cage.is_waited_on if waiting else cage.pending, state)
+        cage.server.kill()
+    if state == "acknowledging":
+        finish.set()
+    address = f"127.0.0.1:{cage.server.port}"
+    warning = rf"Redis at {address} is away: Error \d+ connecting to {address}. Connection refused."
+    until(lambda: re.search(warning, caplog.text), "a warning")
+    if state == "waiting, without its data":
+        shutil.rmtree(cage.server.data)
+    cage.server.start()
+    if waiting:
+        cage.publish({})
+    finish.set()
+    assert run.result(PATIENCE_SECONDS) == 0
+    assert [level for _, level, _ in log_of(caplog)].count("WARNING") == 1
+    assert cage.pending() == {}
+
+
+def test_redis_emptied_while_a_run_waits_costs_no_later_event(real_cage: Cage, background):
+    run = background.submit(real_cage.handle, ignore)
+    until(real_cage.is_waited_on, "it waits")
+    real_cage.queue.flushall()
+    real_cage.publish({})
+    assert run.result(PATIENCE_SECONDS) == 0
+
+
+def test_redis_that_refuses_or_stays_away_ends_the_run_in_words(real_cage: Cage):
+    assert sum(min(index.BACKOFF_SECONDS, 0.1 * 2**n) for n in range(1, index.RETRIES + 1)) > 60
+    real_cage.queue.set("events", "no stream")
+    run = real_cage.start()
+    assert run.end() == 2
+    assert re.search(r" ERROR Redis at \S+: \w*ResponseError: WRONGTYPE ", run.lines[-1])
+    real_cage.queue.config_set("requirepass", "another")
+    run = real_cage.start(constants=FEW_TRIES)
+    assert run.end() == 2
+    assert re.search(r" WARNING Redis at \S+ is away: .*authenticate", run.lines[1])
+    real_cage.server.kill()
+    run = real_cage.start(constants=FEW_TRIES)
+    assert run.end() == 2
+    _, warning, error = run.lines
+    assert re.search(r" WARNING Redis at \S+ is away: Error \d+ connecting to ", warning)
+    assert re.search(r" ERROR Redis at \S+: ConnectionError: Error \d+ connecting to ", error)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_redis_that_hangs_is_ridden_out(real_cage: Cage, background, caplog, monkeypatch, tls):
+    monkeypatch.setattr(index, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(index, "SOCKET_TIMEOUT_SECONDS", 0.4)
+    for name, value in real_cage.tls_variables().items() if tls else ():
+        monkeypatch.setenv(name, value)
+    run = background.submit(real_cage.handle, ignore)
+    until(real_cage.is_waited_on, "it waits")
+    real_cage.server.process.send_signal(signal.SIGSTOP)
+    until(lambda: "is away: Timeout" in caplog.text, "a warning")
+    real_cage.server.process.send_signal(signal.SIGCONT)
+    real_cage.publish({})
+    assert run.result(PATIENCE_SECONDS) == 0
+
+
+def test_tls_is_verified_and_what_is_wrong_with_it_is_named(real_cage: Cage, tmp_path: Path):
+    tls = real_cage.tls_variables()
+    other = str(create_certificate(tmp_path / "other.crt"))
+    real_cage.publish({})
+    for variables, reason in (
+        (tls | {"TLS_CAFILE": other}, "certificate verify failed"),
+        (tls | {"REDIS_SERVICE_HOST": "localhost"}, "mismatch"),
+        (tls | {"TLS_CAFILE": ""}, "Connection"),
+        ({"TLS_CAFILE": tls["TLS_CAFILE"]}, "Timeout connecting"),
+    ):
+        constants = f"{FEW_TRIES}; index.SOCKET_TIMEOUT_SECONDS = 0.2"
+        run = real_cage.start(constants=constants, **variables)
+        assert run.end() == 2
+        assert re.search(f" WARNING Redis at .* is away: .*{reason}", run.log), run.log
+    run = real_cage.start(**tls)
+    assert run.end() == 0, run.log
+    assert len(real_cage.api.stored) == 2
+
+
+# What the README shows
+
+
+def readme(start: str, language: str) -> list[str]:
+    """Return the blocks of code in the part of the README that starts so."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(start)[2]
+    return re.findall(rf"^```{language}\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_process_event_works(cage: Cage):
+    cage.edit(readme("## Write more than compute", "python")[0])
+    cage.publish({"userIds": ["ann", "nobody"], "trigger": "full"})
+    run = cage.start()
+    assert run.end() == 1
+    assert "failed: 1 of 2 users failed" in run.log
+    average = sum(map(len, PEOPLE.values())) / 2
+    user, iri = "<https://example.org/users/ann>", "https://example.org"
+    assert cage.api.stored == {
+        ("ann", "inferences"): f"{user} <{iri}/aboveAverage> false .\n",
+        ("ann", "explains"): f"{user} <{iri}/average> {average} .\n",
+    }
+
+
+def test_the_readmes_commands_for_the_queue_work(cage: Cage):
+    counts, publish, look, publish_again = readme("### A look at the queue", "bash")[:4]
+
+    def output_of(command: str) -> str:
+        return call(cage.folder, "bash", "-c", command, check=True).stdout
+
+    malformed = cage.publish_raw(msg_data="null", own="field")
+    assert cage.handle(never) == 1
+    cage.publish({})
+    assert cage.handle(raise_(ValueError())) == 1
+    assert output_of(f"{publish}{counts}").split()[-3:] == ["1", "1", "1"]
+    assert malformed in output_of(look)
+    output_of(publish_again)
+    assert cage.dead_letters() == []
+    assert cage.queue.xrevrange("events", count=1)[0][1] == {"msg_data": "null", "own": "field"}
+
+
+def test_the_readmes_loop_runs_until_a_run_is_stopped(cage: Cage):
+    cage.edit("""
+import os, signal
+
+def process_event(event):
+    if event["stop"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+""")
+    for payload in ('{"stop": false}', "null", '{"stop": true}'):
+        cage.publish_raw(msg_data=payload)
+    [loop] = readme("## Deploy it", "bash")[:1]
+    run = cage.start(["bash", "-c", loop])
+    assert run.end() == 0
+    assert re.findall("processed in|set aside in|stopped", run.log) == [
+        "processed in",
+        "set aside in",
+        "stopped",
+    ]
+
+
+# What the rehearsal shows
+
+
+def test_the_rehearsal_takes_files_and_prints_what_was_stored(cage: Cage, tmp_path: Path):
+    for name, text in {"zoë.ttl": '# "Zoë"\r\n# 佐江\n', "bob.card.ttl": "# ☃"}.items():
+        (tmp_path / name).write_bytes(text.encode("utf-8"))
+    files = [tmp_path / "zoë.ttl", tmp_path / "bob.card.ttl"]
+    done = call(cage.folder, sys.executable, "test.py", *files)
+    log, _, results = done.stdout.partition("\n\n")
+    assert all(re.match(r"\d{4}-\d\d-\d\d .{12} INFO ", line) for line in log.splitlines())
+    assert re.fullmatch(
+        'zoë: inferences\n    # "Zoë"\n    # 佐江\nbob.card: inferences\n    # ☃\n'
+        "users: 2, stored: 2, not stored: 0, not in the event: 0, "
+        r"seconds: \d+\.\d, exit status: 0\n",
+        results,
+    )
+
+
+UNQUIET = """
+import logging, os, time, warnings
+
+def work(user_id):
+    print(f"{user_id} begins")
+    time.sleep(0.05)
+    warnings.warn(f"a library on {user_id}")
+    logging.getLogger("library").warning("a library on %s", user_id)
+    print(f"{user_id} ends {os.environ['AN_API_KEY']}")
+    return int(user_id)
+
+def process_event(event):
+    for_each_user(["ann", "ben"], work)
+    DatavillageApi().store("ann", "# of ann")
+    DatavillageApi().store("ben", "# of ben", "explains")
+    raise ValueError("the event's")
+"""
+
+
+def test_the_rehearsal_shows_what_the_cage_hides_one_user_after_the_other(
+    cage: Cage, capfd, monkeypatch
+):
+    cage.edit(UNQUIET)
+    monkeypatch.setenv("AN_API_KEY", "kept")
+    assert rehearse(PEOPLE, {"userIds": ["eve", "ann"]}, cage.folder) == 1
+    log, _, results = capfd.readouterr().out.rpartition("\n\n")
+    prints = [line for line in log.splitlines() if re.match("ann|ben", line)]
+    assert prints == ["ann begins", "ann ends kept", "ben begins", "ben ends kept"]
+    assert "UserWarning: a library on ann\n" in log
+    assert " WARNING a library on ann\n" in log
+    assert "\nValueError: invalid literal for int() with base 10: 'ann'\n" in log
+    assert log.endswith("\nValueError: the event's")
+    assert re.fullmatch(
+        "eve: nothing stored; no file holds this user\n"
+        "ann: inferences\n    # of ann\n"
+        "ben: explains; the event does not name this user\n    # of ben\n"
+        "users: 2, stored: 1, not stored: 1, not in the event: 1, "
+        r"seconds: \d+\.\d, exit status: 1\n",
+        results,
+    )
+
+
+def test_a_breakpoint_works_in_the_rehearsal(cage: Cage):
+    cage.edit("""
+def work(user_id):
+    breakpoint()
+    return user_id
+
+def process_event(event):
+    for_each_user(["ann", "ben"], work)
+""")
+    done = call(cage.folder, sys.executable, "test.py", input="p 'hello', user_id\nc\n" * 2)
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if "hello" in line]
+    assert lines == ["(Pdb) ('hello', 'ann')", "(Pdb) ('hello', 'ben')"]
+    assert "2 of 2 users, 0 failed" in done.stdout
+
+
+def test_the_rehearsal_refuses_what_it_cannot_use_with_one_line(capsys, tmp_path: Path):
+    (tmp_path / "latin.ttl").write_bytes(b"Zo\xeb")
+    (tmp_path / "alice.ttl").touch()
+    for arguments, reason in (
+        (["nowhere.ttl"], "nowhere.ttl: [Errno 2] No such file"),
+        ([tmp_path], "Is a directory"),
+        ([tmp_path / "latin.ttl"], "latin.ttl: 'utf-8' codec can't decode byte"),
+        ([tmp_path / "alice.ttl", tmp_path / "alice.ttl"], "another file for the user 'alice'"),
+        (["--event", "{a"], "--event: Expecting property name enclosed in double quotes: line 1"),
+        (["--event", "[]"], "--event: not a JSON object"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(argument) for argument in arguments])
+        [line] = capsys.readouterr().err.splitlines()
+        assert reason in line
+
+
+def test_ctrl_c_ends_the_rehearsal_at_once_and_leaves_no_process(cage: Cage):
+    sleep = "lambda _: print(os.getpid()) or time.sleep(99)"
+    cage.edit(f"def process_event(event):\n    for_each_user(['ann'], {sleep})")
+    run = cage.start([sys.executable, "test.py"])
+    until(lambda: re.search(r"^\d+$", run.log, re.MULTILINE), "it works")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(10) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(re.search(r"^\d+$", run.log, re.MULTILINE)[0]), 0)
+
+
+# THE CAGE: an API, a Redis, and the processes started with them
+
+ROOT = Path(__file__).resolve().parent
+CONFIG = yaml.safe_load((ROOT / "datavillage.yaml").read_text(encoding="utf-8"))
 EVENT = {"jobId": "job-1", "trigger": "rehearsal"}
 TOKEN = "a-token-that-no-log-may-hold"
-PATIENCE_SECONDS = 30  # until a test gives up waiting: far more than anything here takes
-
-
-# The cage: an API, a Redis, and the processes started with them
+BACKOFF_SECONDS = process.BACKOFF_SECONDS  # as it is outside of the tests
+PATIENCE_SECONDS = 60  # until a test gives up waiting: far more than anything here takes
+# Another redis-server can be named, or none: REDIS_SERVER= pytest
+REDIS_SERVER = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
+# The entry at home: one user after the other, and with all that the cage's log leaves out.
+REHEARSED_ENTRY = """
+import logging, sys
+import index, process
+logging.basicConfig(format=index.LOG_FORMAT, stream=sys.stdout)
+logging.captureWarnings(True)
+process.WORKERS = 1
+sys.exit(index.main())
+"""
+FEW_TRIES = "index.RETRIES, index.BACKOFF_SECONDS = 2, 0.05"
+# What the template's tests have in place of USERS and of process.py's own algorithm.
+PEOPLE = {"ann": "# Ann\n", "ben": '# "Zoë", "佐江"\n'}
+ALGORITHM = """
+def process_event(event):
+    api = DatavillageApi()
+    for_each_user(api.active_users(), lambda user_id: api.store(user_id, api.user_data(user_id)))
+"""
 
 
 class StandInApi(ThreadingHTTPServer):
@@ -57,23 +981,25 @@ class StandInApi(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait: with 5, as usual, of 16 some stall for 1 s
 
-    def __init__(self, users: dict[str, str | bytes]) -> None:
+    def __init__(self, users: dict[str, str]) -> None:
         super().__init__(("127.0.0.1", 0), StandInApiHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.users = users
         self.stored: dict[tuple[str, str], str] = {}
-        # What the tests look at: "GET activeUsers/alice/data" and the like, in order.
+        # What the tests look at: "GET activeUsers/ann/data" and the like, in order.
         self.requests: list[str] = []
         self.headers: list[Any] = []
         self.clients: set[tuple[str, int]] = set()
-        # What they make go wrong: answers to such a request instead of the right one, in order;
-        # and requests whose answer waits for the gate.
-        self.faults: dict[str, list[dict[str, Any]]] = {}
+        # What they make go wrong, by such a request: bytes sent instead of an answer, in order;
+        # bytes sent before an answer; and those whose answer waits for the gate.
+        self.faults: dict[str, list[bytes]] = {}
+        self.interim: dict[str, bytes] = {}
         self.held: set[str] = set()
         self.gate = threading.Event()
 
-    def __enter__(self) -> "StandInApi":
+    def __enter__(self) -> StandInApi:
         threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
         return self
 
@@ -82,9 +1008,12 @@ class StandInApi(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def until_held(self) -> None:
-        """Wait until each of the requests to be held has come."""
-        until(lambda: self.held <= set(self.requests), "the requests to be held have come")
+    def handle_error(self, *arguments: object) -> None:
+        """Print nothing: of clients that are gone, or trust nobody, the tests know."""
+
+    def is_holding(self) -> bool:
+        """Tell whether each of the requests to be held has come."""
+        return self.held <= set(self.requests)
 
 
 class StandInApiHandler(BaseHTTPRequestHandler):
@@ -92,7 +1021,6 @@ class StandInApiHandler(BaseHTTPRequestHandler):
 
     server: StandInApi
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # so that head and body leave together, or each answer takes 40 ms longer
 
     def do_GET(self) -> None:
         """Answer any request; PUT comes here as well."""
@@ -101,56 +1029,57 @@ class StandInApiHandler(BaseHTTPRequestHandler):
         # A path that came through a proxy holds the whole URL.
         path = [unquote(segment) for segment in urlsplit(self.path).path.split("/")[1:]]
         request = f"{self.command} {'/'.join(path[4:])}"
-        api.requests.append(request)
         api.headers.append(self.headers)
         api.clients.add(self.client_address)
+        api.requests.append(request)
         if request in api.held:
-            api.gate.wait()
+            api.gate.wait(PATIENCE_SECONDS)
         if api.faults.get(request):
-            self.answer(**api.faults[request].pop(0))
-        elif self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self.answer(401)
-        elif path[:5] != ["clients", "client-1", "applications", "app-1", "activeUsers"]:
-            self.answer(404)
-        elif path[5:] == []:
-            self.answer(200, json.dumps(list(api.users)), {"Content-Type": "application/json"})
-        elif len(path) != 7 or path[5] not in api.users:
-            self.answer(404)
-        elif self.command == "GET" and path[6] == "data":
-            self.answer(200, api.users[path[5]], {"Content-Type": "text/turtle"})
-        elif self.command == "PUT" and self.headers["Content-Type"] == "text/turtle":
-            api.stored[path[5], path[6]] = body.decode("utf-8", "replace")
-            self.answer(200)
+            self.wfile.write(api.faults[request].pop(0))
+            self.close_connection = True
         else:
-            self.answer(400)
+            self.wfile.write(api.interim.get(request, b"") + self.answer_to(path, body))
 
     do_PUT = do_GET
 
-    def answer(
-        self, status: int, text: str | bytes = b"", headers: dict[str, str] | None = None
-    ) -> None:
-        """Send an answer; status 0 stands for a connection cut without one."""
-        if status == 0:
-            self.close_connection = True
-            return
-        body = text.encode("utf-8") if isinstance(text, str) else text
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+    def answer_to(self, path: list[str], body: bytes) -> bytes:
+        """Do what the API does; return its answer."""
+        users = self.server.users
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return answer(401)
+        if path[:5] != ["clients", "client-1", "applications", "app-1", "activeUsers"]:
+            return answer(404)
+        if path[5:] == []:
+            return answer(200, json.dumps(list(users)).encode("utf-8"))
+        user_id, kind = path[5:]
+        if user_id not in users:
+            return answer(404)
+        if (self.command, kind) == ("GET", "data"):
+            return answer(200, users[user_id].encode("utf-8"), content_type="text/turtle")
+        if kind == "data" or self.headers["Content-Type"] != "text/turtle":
+            return answer(400)
+        self.server.stored[user_id, kind] = body.decode("utf-8")
+        return answer(200)
 
     def log_message(self, *arguments: object) -> None:
         """Print nothing: the log belongs to the process."""
 
 
+def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
+    """Return an HTTP answer as it is sent."""
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {status} -\r\nContent-Length: {len(body)}\r\n{lines}\r\n".encode() + body
+
+
+fault = functools.partial(answer, connection="close")
+
+
 class EmbeddedRedis:
     """fakeredis behind a free port of this machine."""
 
-    def __enter__(self) -> "EmbeddedRedis":
+    def __enter__(self) -> EmbeddedRedis:
         self.server = fakeredis.TcpFakeServer(("127.0.0.1", 0))
         self.port = self.server.server_address[1]
-        self.options: dict[str, Any] = {}  # of a client
         threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
         return self
 
@@ -160,98 +1089,77 @@ class EmbeddedRedis:
 
 
 class RealRedis:
-    """A redis-server on a free port of this machine, which keeps its data in a folder."""
+    """A redis-server that keeps its data in a folder, on two free ports, one of them for TLS."""
 
-    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.folder = folder
-        self.certificate = certificate
-        self.options = {"ssl": True, "ssl_ca_certs": str(certificate)} if certificate else {}
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
+            self.port, self.tls_port = free.getsockname()[1], other.getsockname()[1]
+        self.data = folder / "data"
+        self.certificate = create_certificate(folder / "ca.crt")
 
-    def __enter__(self) -> "RealRedis":
-        command = ["redis-server", "--dir", str(self.folder), "--appendonly", "yes", "--save", ""]
-        if self.certificate:
-            command += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
-            command += ["--tls-cert-file", str(self.certificate)]
-            command += ["--tls-key-file", str(self.certificate.with_suffix(".key"))]
-            command += ["--tls-ca-cert-file", str(self.certificate)]
-        else:
-            command += ["--port", str(self.port)]
+    def start(self) -> None:
+        """Start it, anew if it was ended, and wait until it listens."""
+        self.data.mkdir(exist_ok=True)
+        options = f"--port {self.port} --tls-port {self.tls_port} --tls-auth-clients no"
+        options += " --appendonly yes --appendfsync always"  # or what came last is lost by a kill
+        files = {"cert": self.certificate, "key": self.certificate.with_suffix(".key")}
+        files["ca-cert"] = self.certificate
+        paths = [word for name, path in files.items() for word in (f"--tls-{name}-file", path)]
+        command = [REDIS_SERVER, *options.split(), "--save", "", "--dir", self.data, *paths]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            with redis.Redis("127.0.0.1", self.port, **self.options) as client:
-                until(lambda: can_ping(client), "redis-server answers")
-        except BaseException:
-            self.kill()
-            raise
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.kill()
+        def listens() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return True
+            return False
+
+        until(listens, "redis-server listens")
 
     def kill(self) -> None:
         """End it at once, as a machine that fails does."""
         self.process.kill()
         self.process.wait()
 
-    def restart(self, *, keep_data: bool = True) -> None:
-        """Start again what was ended."""
-        if not keep_data:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-        self.__enter__()
+
+def create_certificate(path: Path) -> Path:
+    """Create a self-signed certificate for 127.0.0.1, with the key beside it."""
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext"
+    files = ["-keyout", path.with_suffix(".key"), "-out", path]
+    call(path.parent, *command.split(), "subjectAltName=IP:127.0.0.1", *files, check=True)
+    return path
 
 
-def can_ping(client: redis.Redis) -> bool:
-    """Tell whether Redis answers."""
-    try:
-        return client.ping()
-    except redis.ConnectionError:
-        return False
+class Run(subprocess.Popen):
+    """A process in the cage, whose output goes to a file."""
 
-
-class Run:
-    """One process, started as the cage starts it; its log goes to a file, or is let through."""
-
-    def __init__(self, command: list[str], folder: Path, variables: dict, log: Path | None) -> None:
-        self.log_file = log
-        with open(log, "wb") if log else contextlib.nullcontext() as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=variables,
-                stdout=output,
-                stderr=output and subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the rehearsal, which then ends this too
-            )
+    def __init__(self, command: list[str], log_file: Path, **options: Any) -> None:
+        self.log_file = log_file
+        with open(log_file, "wb") as log:
+            super().__init__(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
     @property
     def log(self) -> str:
-        """All that the process has written so far."""
+        """What the process has written so far."""
         return self.log_file.read_text(encoding="utf-8")
 
-    def until(self, text: str) -> "Run":
-        """Wait until the log holds a text."""
-        until(lambda: text in self.log or self.process.poll() is not None, text)
-        assert text in self.log, self.log
-        return self
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the log, without what the author's own code printed."""
+        return re.findall(r"^[\d-]{10} [\d:,]{12} [A-Z]+ .*", self.log, re.MULTILINE)
 
     def end(self) -> int:
         """Wait for the end; return the exit status."""
-        return self.process.wait(PATIENCE_SECONDS)
+        return self.wait(PATIENCE_SECONDS)
 
 
 class Cage:
     """What a process finds in the cage: the queue, the API, and the variables that name them."""
 
-    def __init__(
-        self, api: StandInApi, server: EmbeddedRedis | RealRedis, code: Path = ROOT
-    ) -> None:
+    def __init__(self, api: StandInApi, server: EmbeddedRedis | RealRedis, folder: Path) -> None:
         self.api = api
         self.server = server
-        self.queue = redis.Redis("127.0.0.1", server.port, **server.options)
-        self.code = code
+        self.folder = folder
+        self.queue = redis.Redis("127.0.0.1", server.port, decode_responses=True)
         self.runs: list[Run] = []
         self.variables = {
             "DV_URL": api.url,
@@ -260,73 +1168,142 @@ class Cage:
             "DV_CLIENT_ID": "client-1",
             "REDIS_SERVICE_HOST": "127.0.0.1",
             "REDIS_SERVICE_PORT": str(server.port),
-            # For the entry to be found in the environment that this Python is of.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "TLS_CAFILE": "",
+            "no_proxy": f"127.0.0.1,{os.environ.get('no_proxy', '')}",
+            # For `python` to be the one that this is.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
-
-    def __enter__(self) -> "Cage":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for run in self.runs:
-            run.process.kill()
-            run.process.wait()
-        self.queue.close()
 
     def publish(self, event: dict[str, Any]) -> str:
         """Publish an event as the platform does; return the message's ID."""
         now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
         return self.publish_raw(msg_data=json.dumps(event | {"msg_dt": now.isoformat()}))
 
-    def publish_raw(self, **fields: str | bytes) -> str:
+    def publish_raw(self, **fields: str) -> str:
         """Publish a message with any fields; return its ID."""
-        return self.queue.xadd("events", fields, maxlen=1000, approximate=True).decode()
+        return self.queue.xadd("events", fields, maxlen=1000, approximate=True)
 
-    def start(
-        self,
-        constants: str = "",
-        variables: dict[str, str] | None = None,
-        log_through: bool = False,
-    ) -> Run:
-        """Start the entry.
-
-        Takes assignments such as `index.RENEW_SECONDS = 1` to make before, variables to set beside
-        those of the cage, and whether the log is let through instead of kept.
-        """
-        command = shlex.split(CONFIG["entry"])
+    def start(self, command: list[str] | None = None, constants: str = "", **variables: str) -> Run:
+        """Start a command, or the entry, maybe with constants of index.py set otherwise."""
+        command = command or shlex.split(CONFIG["entry"])
         if constants:
-            launcher = f"import sys, index, process; {constants}; sys.exit(index.main())"
-            command = [sys.executable, "-c", launcher]
-        log = None if log_through else self.code / f"{len(self.runs)}.log"
-        self.runs.append(Run(command, self.code, self.variables | (variables or {}), log))
+            code = f"import index, sys; {constants}; index.start_logging(); sys.exit(index.main())"
+            command = [sys.executable, "-c", code]
+        log_file = self.folder.with_name(f"{len(self.runs)}.log")
+        environment = os.environ | self.variables | variables
+        self.runs.append(Run(command, log_file, cwd=self.folder, env=environment))
         return self.runs[-1]
 
-    def run(self, **options: Any) -> Run:
-        """Start the entry and wait for its end."""
-        run = self.start(**options)
-        run.end()
-        return run
+    def edit(self, text: str) -> None:
+        """Edit the folder's process.py as an author does: what is defined last counts."""
+        original = (ROOT / "process.py").read_text(encoding="utf-8")
+        (self.folder / "process.py").write_text(f"{original}\n{text}", encoding="utf-8")
+
+    def handle(self, process_event: Callable[[dict], Any]) -> int:
+        """Do in this process what the entry does, with another process_event."""
+        with index.connect() as queue:
+            return index.handle(queue, index.take(queue), process_event)
 
     def pending(self) -> dict[str, int]:
         """Return the IDs of the events not acknowledged, with the deliveries of each."""
-        entries = self.queue.xpending_range("events", "consummers", "-", "+", 1000)
-        return {entry["message_id"].decode(): entry["times_delivered"] for entry in entries}
+        with contextlib.suppress(redis.ResponseError):  # while there is no group
+            entries = self.queue.xpending_range("events", "consummers", "-", "+", 1000)
+            return {entry["message_id"]: entry["times_delivered"] for entry in entries}
+        return {}
 
-    def dead_letters(self) -> list[dict[bytes, bytes]]:
+    def dead_letters(self) -> list[dict[str, str]]:
         """Return the fields of what was set aside."""
         return [fields for _, fields in self.queue.xrange("events:dead-letter")]
 
-    def make_old(self, *message_ids: str) -> None:
-        """Let pending events look as if their worker had been silent for over a minute."""
-        self.queue.xclaim(
-            "events", "consummers", "crashed", 0, message_ids, idle=61_000, justid=True
-        )
-
     def deliver_to_another(self, *message_ids: str) -> None:
         """Hand the next events to a worker that is not there, as one that has just crashed."""
-        with contextlib.suppress(redis.ResponseError):
-            self.queue.xgroup_create("events", "consummers", "0", mkstream=True)
+        with contextlib.suppress(redis.ResponseError):  # there is one
+            self.queue.xgroup_create("events", "consummers", "0")
         self.queue.xreadgroup("consummers", "crashed", {"events": ">"}, count=len(message_ids))
+
+    def make_old(self, message_id: str, deliveries: int | None = None) -> None:
+        """Let a pending event look as if its worker had been silent for over a minute."""
+        options = {"idle": 61_000, "retrycount": deliveries, "justid": True}
+        self.queue.xclaim("events", "consummers", "crashed", 0, [message_id], **options)
+
+    def tls_variables(self) -> dict[str, str]:
+        """Return what is to be set for TLS."""
+        port, certificate = str(self.server.tls_port), str(self.server.certificate)
+        return {"REDIS_SERVICE_PORT": port, "TLS_CAFILE": certificate}
+
+    def is_waited_on(self) -> bool:
+        """Tell whether a run waits for an event."""
+        return any(client["cmd"] == "xreadgroup" for client in self.queue.client_list())
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInApi]:
+    """A stand-in API, which is asked again after short pauses."""
+    monkeypatch.setattr(process, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(process, "JITTER_SECONDS", 0)
+    with StandInApi(PEOPLE) as api:
+        yield api
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis | RealRedis]:
+    """A Redis, a real one where there is one."""
+    if not REDIS_SERVER:
+        with EmbeddedRedis() as server:
+            yield server
+        return
+    server = RealRedis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project as it is, with all that its author has added."""
+    folder = tmp_path_factory.mktemp("project") / "copy"
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv"))
+
+
+@pytest.fixture
+def cage(api, server, project, monkeypatch, caplog) -> Iterator[Cage]:
+    """A cage with an empty queue, in the environment of this process as well."""
+    caplog.set_level("INFO")
+    cage = Cage(api, server, project)
+    monkeypatch.delenv("LOGLEVEL", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # or an edit in the same second is missed
+    for name, value in cage.variables.items():
+        monkeypatch.setenv(name, value)
+    cage.edit(ALGORITHM)
+    cage.queue.flushall()
+    yield cage
+    for run in cage.runs:
+        run.kill()
+        run.wait()
+    cage.queue.close()
+
+
+@pytest.fixture
+def client(cage: Cage) -> process.DatavillageApi:
+    """A client of the cage's API."""
+    return process.DatavillageApi()
+
+
+@pytest.fixture
+def real_cage(cage: Cage) -> Iterator[Cage]:
+    """A cage for what only a redis-server does: wait, end, speak TLS."""
+    if not REDIS_SERVER:
+        pytest.skip("redis-server is not installed")
+    yield cage
+    if cage.server.process.poll() is not None:
+        cage.server.start()
+
+
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    """Threads for what goes on beside a test."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -337,1227 +1314,99 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
-# The fixtures
+def ignore(event: dict) -> None:
+    """Process an event without ado."""
 
 
-@pytest.fixture
-def code(tmp_path: Path) -> Path:
-    """A copy of the project in which compute returns the data, whatever the author made of it."""
-    folder = tmp_path / "code"
-    folder.mkdir()
-    for name in ("README.md", "datavillage.yaml", "index.py", "process.py", "test.py"):
-        shutil.copy(ROOT / name, folder)
-    edit(folder, "def compute(user_id, data): return data")
-    return folder
+def raise_(error: BaseException) -> Callable[[Any], None]:
+    """Return a function that raises an exception."""
 
+    def work(event: object) -> None:
+        raise error
 
-def edit(code: Path, text: str) -> None:
-    """Edit process.py as an author does: what is defined last counts."""
-    with open(code / "process.py", "a", encoding="utf-8") as file:
-        file.write(f"\n{text}\n")
+    return work
 
 
-@pytest.fixture
-def api() -> Iterator[StandInApi]:
-    """A stand-in API with the sample's users."""
-    with StandInApi(dict(USERS)) as api:
-        yield api
+never = raise_(AssertionError("this event is not to be processed"))
 
 
-@pytest.fixture(params=["embedded", "real"])
-def cage(request: pytest.FixtureRequest, api: StandInApi, code: Path) -> Iterator[Cage]:
-    """A cage, once with each Redis."""
-    if request.param == "real":
-        yield request.getfixturevalue("real_cage")
-        return
-    with EmbeddedRedis() as server, Cage(api, server, code) as cage:
-        yield cage
+def log_of(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:
+    """Return logger, level and text of each record."""
+    return [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
 
 
-@pytest.fixture
-def real_cage(api: StandInApi, code: Path, tmp_path: Path) -> Iterator[Cage]:
-    """A cage for what is said about waiting, about being away, and about TLS."""
-    require("redis-server")
-    (tmp_path / "redis").mkdir()
-    with RealRedis(tmp_path / "redis") as server, Cage(api, server, code) as cage:
-        yield cage
+def call(folder: Path, *command: str | Path, **options: Any) -> subprocess.CompletedProcess:
+    """Run a command in a folder to its end; return its status, output and errors."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", **options}
+    return subprocess.run(command, cwd=folder, timeout=PATIENCE_SECONDS, **options)
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for this machine, its own CA, with the key beside it."""
-    require("openssl")
-    path = tmp_path_factory.mktemp("tls") / "ca.crt"
-    create_certificate(path)
-    return path
+# THE REHEARSAL
 
 
-def create_certificate(path: Path) -> None:
-    """Create a self-signed certificate for 127.0.0.1."""
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext"
-    files = ["-keyout", str(path.with_suffix(".key")), "-out", str(path)]
-    subject = "subjectAltName=IP:127.0.0.1"
-    subprocess.run([*command.split(), subject, *files], check=True, capture_output=True)
-
-
-def require(program: str) -> None:
-    """Skip a test where a program is missing."""
-    if not shutil.which(program):
-        pytest.skip(f"{program} is not installed")
-
-
-# The algorithm: an author edits compute, and with it this test of the sample
-
-
-def test_the_sample_tells_the_length_in_a_valid_triple_whatever_the_id():
-    for user_id in ("alice", "https://alice.example/card#me", 'a b<c>"d"\\e^`{|}\n', "Zoë", "100%"):
-        iri = r'<[^\x00-\x20<>"{}|^`\\]+>'  # IRIREF of the Turtle grammar, without escapes
-        assert re.fullmatch(f"{iri} {iri} 4 \\.\n", process.compute(user_id, "Zoë\n")), user_id
-
-
-# From here on the tests are about the template, with an algorithm of their own. What is deployed:
-
-
-def test_the_config_has_the_documented_keys_and_types():
-    assert set(CONFIG) == {"env", "script", "entry"}
-    assert isinstance(CONFIG["env"], str)
-    assert isinstance(CONFIG["entry"], str)
-    assert all(isinstance(line, str) for line in CONFIG["script"])
-
-
-def test_the_entry_is_a_python_file_that_is_there():
-    program, *arguments = shlex.split(CONFIG["entry"])
-    assert program == "python"
-    assert [(ROOT / argument).is_file() for argument in arguments] == [True]
-
-
-def test_the_script_installs_the_five_packages_pinned():
-    assert CONFIG["script"] == ["pip install -r requirements.txt"]
-    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
-    pins = [re.fullmatch(r"([a-z]+)==[0-9.]+", line) for line in lines if line and line[0] != "#"]
-    names = {pin[1] for pin in pins if pin}  # an author may add others, as it suits
-    assert names >= {"fakeredis", "pytest", "pyyaml", "redis", "requests"}
-
-
-# What happens to an event
-
-
-def test_an_event_ends_as_stored_results(cage: Cage):
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 0, run.log
-    assert cage.api.stored == {(user_id, "inferences"): data for user_id, data in USERS.items()}
-    assert cage.pending() == {}
-
-
-def test_user_ids_absent_or_null_are_all_a_list_just_those_an_empty_one_nobody(cage: Cage):
-    for fields, users in (
-        ({}, ["alice", "bob"]),
-        ({"userIds": None}, ["alice", "bob"]),
-        ({"userIds": ["bob"]}, ["bob"]),
-        ({"userIds": []}, []),
-    ):
-        cage.api.stored.clear()
-        cage.publish(EVENT | fields)
-        run = cage.run()
-        assert run.end() == 0, run.log
-        assert [user_id for user_id, kind in sorted(cage.api.stored)] == users, fields
-
-
-def test_a_user_named_twice_is_processed_once(cage: Cage):
-    cage.publish({"userIds": ["bob", "bob"]})
-    assert cage.run().end() == 0
-    assert cage.api.requests.count("PUT activeUsers/bob/inferences") == 1
-
-
-def test_the_event_is_handed_on_whole(cage: Cage):
-    edit(cage.code, "def process_event(event): print(json.dumps(event, sort_keys=True))")
-    event = {"type": "FULL", "data": {"own": [1, None, "ë"]}, "userIds": ["x"], "more": True}
-    cage.publish_raw(msg_data=json.dumps(event), other="field")
-    run = cage.run()
-    assert json.dumps(event, sort_keys=True) in run.log.splitlines()
-
-
-def test_one_run_takes_one_event_the_oldest_and_misses_none_from_before_the_first_start(cage: Cage):
-    for user_id in ("alice", "bob"):
-        cage.publish({"userIds": [user_id]})
-    assert cage.run().end() == 0
-    assert list(cage.api.stored) == [("alice", "inferences")]
-    assert cage.run().end() == 0
-    assert list(cage.api.stored) == [("alice", "inferences"), ("bob", "inferences")]
-
-
-def test_any_id_is_one_path_segment(cage: Cage):
-    user_ids = ["https://alice.example/card#me", "a/b", "a?b", "../c", "%2e", " ", "Zoë", "佐\n江"]
-    cage.api.users = dict.fromkeys(user_ids, "")
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 0, run.log
-    assert sorted(user_id for user_id, kind in cage.api.stored) == sorted(user_ids)
-
-
-def test_explanations_are_stored_as_such(cage: Cage):
-    edit(cage.code, "def process_event(event): DatavillageApi().store('bob', '# why', 'explains')")
-    cage.publish(EVENT)
-    assert cage.run().end() == 0
-    assert cage.api.stored == {("bob", "explains"): "# why"}
-
-
-def test_sixteen_users_are_worked_on_side_by_side_on_as_many_connections(cage: Cage):
-    # All 16 compute at once, so that no connection is in use: are they kept?
-    edit(cage.code, "def compute(user_id, data): time.sleep(0.3); return data")
-    cage.api.users = {f"user-{number}": "" for number in range(40)}
-    cage.api.held = {f"GET activeUsers/{user_id}/data" for user_id in cage.api.users}
-    cage.publish(EVENT)
-    run = cage.start()
-    until(lambda: len(cage.api.requests) == 1 + 16, "16 users under way")
-    time.sleep(0.2)  # would any more come?
-    assert len(cage.api.requests) == 1 + 16
-    cage.api.gate.set()
-    assert run.end() == 0
-    assert len(cage.api.stored) == 40
-    assert len(cage.api.clients) == 16
-
-
-def test_a_long_job_tells_its_progress(cage: Cage):
-    cage.api.users = {f"user-{number:04}": "" for number in range(1100)}
-    cage.api.held = {"GET activeUsers/user-1099/data"}
-    cage.publish({"userIds": [*cage.api.users, "unknown"]})
-    run = cage.start(constants="process.PROGRESS_SECONDS = 0.1").until(
-        "1,100 of 1,101 users, 1 failed"
-    )
-    cage.api.gate.set()
-    assert run.end() == 1
-    assert run.log.count(" users, ") < 100
-    assert "1 of 1,101 users failed" in run.log
-
-
-# How long it waits
-
-
-def test_a_waiting_worker_outlasts_the_timeouts_and_takes_an_event_as_it_comes(real_cage: Cage):
-    run = real_cage.start().until("waiting")
-    time.sleep(6)  # more than the 5 s after which redis-py gives a socket up by default
-    [client] = [item for item in real_cage.queue.client_list() if "xreadgroup" in item["cmd"]]
-    assert int(client["age"]) >= 5  # it was not given up and made anew
-    published = time.monotonic()
-    real_cage.publish(EVENT)
-    assert run.end() == 0
-    assert (
-        time.monotonic() - published < 5
-    )  # it waits in steps of 10 s, and is not at the end of one
-    assert "WARNING" not in run.log
-
-
-def test_waiting_costs_next_to_no_cpu(real_cage: Cage):
-    run = real_cage.start().until("waiting")
-    stat = Path(f"/proc/{run.process.pid}/stat")
-    if not stat.exists():
-        pytest.skip("no /proc on this system")
-    time.sleep(0.5)
-    before = stat.read_text().split()[13:15]
-    time.sleep(2)
-    ticks = sum(map(int, stat.read_text().split()[13:15])) - sum(map(int, before))
-    assert ticks <= 2  # of 200, a tick being 10 ms
-
-
-# What it needs to start
-
-
-def test_all_missing_variables_are_named_in_one_line_and_the_event_stays(cage: Cage):
-    cage.publish(EVENT)
-    documented = [name for name in cage.variables if name != "PATH"]
-    run = cage.run(variables=dict.fromkeys(documented, ""))
-    assert run.end() == 2
-    [line] = run.log.splitlines()
-    assert " ERROR " in line
-    assert all(name in line for name in documented)
-    for name in documented:
-        left_out = {**cage.variables}
-        del left_out[name]
-        cage.variables, kept = left_out, cage.variables
-        run = cage.run()
-        cage.variables = kept
-        assert run.end() == 2
-        [line] = run.log.splitlines()
-        assert [other for other in documented if other in line] == [name]
-    assert cage.run().end() == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("REDIS_SERVICE_PORT", "tcp://10.0.0.1:6379"),
-        ("REDIS_SERVICE_PORT", "70000"),
-        ("DV_URL", "api.datavillage.me"),
-        ("DV_URL", "https://user:secret@api.datavillage.me"),
-        ("DV_TOKEN", "secret\n"),
-        ("LOGLEVEL", "LOUD"),
-        ("TLS_CAFILE", "/nowhere/ca.crt"),
-        ("TLS_CAFILE", __file__),
-    ],
-)
-def test_an_unusable_variable_is_named_and_the_event_stays(cage: Cage, name: str, value: str):
-    cage.publish(EVENT)
-    run = cage.run(variables={name: value})
-    assert run.end() == 2
-    [line] = run.log.splitlines()
-    assert f"ERROR not started: {name} " in line
-    assert "secret" not in line
-    assert cage.run().end() == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("def compute(:", "SyntaxError: invalid syntax (process.py, line"),
-        ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
-        ("int(os.environ['DV_TOKEN'])", "ValueError\nTraceback"),
-        ("raise SystemExit(0)", "SystemExit\nTraceback"),
-    ],
-)
-def test_an_error_in_process_py_is_named_and_costs_no_event(cage: Cage, text: str, reason: str):
-    edit(cage.code, text)
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 2
-    assert f"ERROR not started: process.py: {reason}" in run.log
-    assert TOKEN not in run.log
-    assert cage.queue.xinfo_groups("events") == []  # nothing was taken
-
-
-# What the log holds
-
-
-def test_the_log_holds_time_level_message_and_obeys_its_level(cage: Cage):
-    for _ in range(2):
-        cage.publish(EVENT)
-    for line in cage.run().log.splitlines():
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO \S.*", line)
-    assert cage.run(variables={"LOGLEVEL": "WARNING"}).log == ""
-
-
-def test_neither_token_nor_data_is_in_any_log_or_dead_letter(cage: Cage):
-    text = """
-def compute(user_id, data):
-    try:
-        int(data)
-    except ValueError as error:
-        raise RuntimeError(data) from error
-"""
-    edit(cage.code, text)
-    cage.api.users = {"alice": "a-secret-of-alice"}
-    cage.publish(EVENT)
-    run = cage.run(variables={"LOGLEVEL": "DEBUG"})
-    assert run.end() == 1
-    assert "ERROR user alice: compute failed\nTraceback" in run.log
-    assert "ValueError" in run.log
-    assert "RuntimeError" in run.log
-    assert "raise RuntimeError(data) from error" in run.log
-    assert "a-secret-of-alice" not in run.log
-    assert TOKEN not in run.log
-
-
-def test_an_event_that_fails_by_a_bug_gives_away_no_data_either(cage: Cage):
-    edit(cage.code, "def process_event(event): raise KeyError(DatavillageApi().user_data('alice'))")
-    message_id = cage.publish(EVENT)
-    for delivery in (1, 2, 3):
-        run = cage.run()
-        assert run.end() == 1
-        assert f"delivery {delivery} of 3" in run.log
-        assert "Traceback" in run.log
-        assert "KeyError" in run.log
-        assert "Alice" not in run.log
-        cage.make_old(message_id)
-    [letter] = cage.dead_letters()
-    assert letter[b"error"] == b"KeyError"
-
-
-def test_no_value_from_outside_breaks_a_line_of_the_log(cage: Cage):
-    cage.publish(
-        {"userIds": ["eve ë\n2026-01-01 00:00:00,000 INFO all is well\u2028\x1b[2J\ud800"]}
-    )
-    run = cage.run(variables={"PYTHONIOENCODING": "ascii"})
-    assert run.end() == 1
-    [line] = [line for line in run.log.splitlines() if "user eve" in line]
-    assert (
-        "user eve \\xeb\\n2026-01-01 00:00:00,000 INFO all is well\\u2028\\x1b[2J\\ud800: GET"
-        in line
-    )
-    assert re.match(r"\d{4}-\d\d-\d\d .{12} ERROR ", line)
-
-
-# When a user fails
-
-
-def test_one_failing_user_is_named_with_the_reason_and_stops_no_other(cage: Cage):
-    cage.publish({"userIds": ["nobody", "alice", "bob"]})
-    run = cage.run()
-    assert run.end() == 1
-    url = f"{cage.api.url}/clients/client-1/applications/app-1/activeUsers/nobody/data"
-    assert f"ERROR user nobody: GET {url} answered 404" in run.log
-    assert "failed: 1 of 3 users failed" in run.log
-    assert "Traceback" not in run.log
-    assert sorted(user_id for user_id, kind in cage.api.stored) == ["alice", "bob"]
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("exit()", "SystemExit"),
-        ("return None", "the result is NoneType, not str"),
-        ("return '\\ud800'", "UnicodeEncodeError"),
-        ("raise ProcessingError('no age given')", "user bob: no age given"),
-        ("raise OwnError('no age given')", "\nOwnError: no age given\n"),
-        ("raise KeyboardInterrupt(data)", "KeyboardInterrupt"),
-        ("raise in_a_circle()", "ValueError"),
-    ],
-)
-def test_a_failing_compute_fails_its_user_alone(cage: Cage, body: str, reason: str):
-    text = f"""
-class OwnError(Exception): pass
-def in_a_circle():
-    first, second = TypeError(), ValueError()
-    first.__cause__, second.__cause__ = second, first
-    return second
-sample = compute
-def compute(user_id, data):
-    if user_id == 'bob':
-        {body}
-    else:
-        return sample(user_id, data)
-"""
-    cage.publish(EVENT)
-    edit(cage.code, text)
-    run = cage.run()
-    assert run.end() == 1
-    assert reason in run.log
-    assert ("Traceback" in run.log) == ("return None" not in body and "Processing" not in body)
-    assert "Zoë" not in run.log
-    assert "failed: 1 of 2 users failed" in run.log
-    assert list(cage.api.stored) == [("alice", "inferences")]
-
-
-# What the API may do
-
-
-def test_passing_faults_are_ridden_out(cage: Cage):
-    cage.api.faults = {
-        "GET activeUsers": [{"status": 500}, {"status": 0}],
-        "GET activeUsers/alice/data": [{"status": 502}, {"status": 503}],
-        "GET activeUsers/bob/data": [{"status": 504}],
-        "PUT activeUsers/alice/inferences": [{"status": 0}, {"status": 429}],
-    }
-    cage.publish(EVENT)
-    run = cage.run(constants="process.BACKOFF_SECONDS = process.JITTER_SECONDS = 0.01")
-    assert run.end() == 0, run.log
-    assert len(cage.api.stored) == 2
-    assert not any(cage.api.faults.values())
-    assert "WARNING" not in run.log  # what went well in the end is no line for each retry
-
-
-def test_retry_after_is_obeyed(cage: Cage):
-    cage.api.faults = {"GET activeUsers": [{"status": 429, "headers": {"Retry-After": "2"}}]}
-    cage.publish(EVENT)
+def rehearse(users: dict[str, str], event: dict[str, Any], folder: Path) -> int:
+    """Run the entry on one event and print what it stored; return its exit status."""
     started = time.monotonic()
-    assert cage.run().end() == 0
-    assert time.monotonic() - started > 2
-
-
-def test_retries_end_and_the_error_names_method_url_and_status(cage: Cage):
-    cage.api.faults = {"GET activeUsers": [{"status": 503}] * 9}
-    cage.publish(EVENT)
-    run = cage.run(constants="process.RETRIES = 2; process.BACKOFF_SECONDS = 0.01")
-    assert run.end() == 1
-    url = f"{cage.api.url}/clients/client-1/applications/app-1/activeUsers"
-    assert f"failed: GET {url} answered 503" in run.log
-    assert len(cage.api.faults["GET activeUsers"]) == 9 - 3
-    assert run.log.count("\n") == 3  # no line for a retry, no traceback
-
-
-def test_an_api_that_is_away_is_named_with_the_reason(cage: Cage):
-    cage.publish(EVENT)
-    url = "http://127.0.0.1:9"  # where nobody listens
-    run = cage.run(constants="process.RETRIES = 0", variables={"DV_URL": url})
-    assert run.end() == 1
-    path = "/clients/client-1/applications/app-1/activeUsers"
-    assert re.search(f"failed: GET {url}{path}: .*Connection refused", run.log)
-    assert "Traceback" not in run.log
-
-
-def test_no_answer_is_waited_for_for_ever(cage: Cage):
-    cage.api.held = {"GET activeUsers"}
-    cage.publish(EVENT)
-    run = cage.run(constants="process.RETRIES = 0; process.TIMEOUT_SECONDS = (1, 1)")
-    assert run.end() == 1
-    assert "Read timed out. (read timeout=1)" in run.log
-
-
-def test_a_redirect_is_an_error_and_is_not_followed(cage: Cage):
-    with StandInApi(dict(USERS)) as elsewhere:
-        for status in (301, 302, 303, 307, 308):
-            redirect = {"status": status, "headers": {"Location": elsewhere.url}}
-            cage.api.faults = {"PUT activeUsers/alice/inferences": [redirect]}
-            cage.queue.flushall()
-            cage.publish({"userIds": ["alice"]})
-            run = cage.run()
-            assert run.end() == 1
-            assert f"/activeUsers/alice/inferences answered {status}" in run.log
-        assert elsewhere.requests == []
-    assert cage.api.stored == {}
-
-
-@pytest.mark.parametrize("text", ['{"users": []}', "[1]", "<html>", "[" * 100_000, b'["\xff"]'])
-def test_an_answer_that_is_no_list_of_ids_is_an_error(cage: Cage, text: str | bytes):
-    cage.api.faults = {"GET activeUsers": [{"status": 200, "text": text}]}
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 1
-    assert "/activeUsers answered no JSON array of strings" in run.log
-    assert "Traceback" not in run.log
-
-
-def test_data_that_is_not_utf_8_is_an_error(cage: Cage):
-    cage.api.users = {"alice": b"Zo\xeb"}
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 1
-    assert "/alice/data answered no UTF-8" in run.log
-
-
-def test_an_active_user_whose_id_leads_elsewhere_is_an_error(cage: Cage):
-    cage.api.users = {".": "", "..": "", "": "", "alice": ""}
-    cage.publish(EVENT)
-    run = cage.run()
-    assert run.end() == 1
-    assert "3 of 4 users failed" in run.log
-    assert [request for request in cage.api.requests if "alice" not in request] == [
-        "GET activeUsers"
-    ]
-
-
-def test_the_token_is_in_every_request_and_no_netrc_replaces_it(cage: Cage, tmp_path: Path):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
-    cage.publish(EVENT)
-    assert cage.run(variables={"HOME": str(tmp_path)}).end() == 0
-    assert {headers["Authorization"] for headers in cage.api.headers} == {f"Bearer {TOKEN}"}
-    assert len(cage.api.headers) == 5
-
-
-def test_dv_url_may_end_in_a_slash(cage: Cage):
-    cage.publish(EVENT)
-    # To a proxy the whole URL is sent, and no client tidies it up.
-    url = {"DV_URL": "http://api.example/", "HTTP_PROXY": cage.api.url}
-    assert cage.run(variables=url).end() == 0
-
-
-def test_a_proxy_of_the_environment_is_used(cage: Cage):
-    cage.publish(EVENT)
-    proxy = {"DV_URL": "http://api.example", "HTTP_PROXY": cage.api.url}
-    run = cage.run(variables=proxy)
-    assert run.end() == 0, run.log
-    assert len(cage.api.stored) == 2
-    assert {headers["Host"] for headers in cage.api.headers} == {"api.example"}
-
-
-def test_the_ca_bundle_of_the_environment_is_used(cage: Cage, certificate: Path):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-    with StandInApi(dict(USERS)) as api:
-        api.socket = context.wrap_socket(api.socket, server_side=True)
-        url = {"DV_URL": f"https://127.0.0.1:{api.server_port}"}
-        cage.publish(EVENT)
-        run = cage.run(variables=url, constants="process.RETRIES = 0")
-        assert run.end() == 1
-        assert "certificate verify failed" in run.log
-        assert api.requests == []
-        cage.publish(EVENT)
-        run = cage.run(variables=url | {"REQUESTS_CA_BUNDLE": str(certificate)})
-        assert run.end() == 0, run.log
-        assert len(api.stored) == 2
-
-
-# At least once
-
-
-def test_a_run_killed_in_the_middle_is_finished_by_the_next(cage: Cage):
-    cage.api.held = {"GET activeUsers/bob/data"}
-    message_id = cage.publish(EVENT)
-    run = cage.start()
-    until(lambda: cage.api.stored and cage.api.held <= set(cage.api.requests), "half is done")
-    run.process.send_signal(signal.SIGKILL)
-    assert run.end() == -signal.SIGKILL
-    assert cage.pending() == {message_id: 1}
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-    cage.api.gate.set()
-    cage.make_old(message_id)
-    assert cage.run().end() == 0
-    assert cage.api.stored.keys() == {("alice", "inferences"), ("bob", "inferences")}
-    assert cage.pending() == {}
-
-
-def test_an_abandoned_event_comes_before_any_new_one(cage: Cage):
-    abandoned = cage.publish({"userIds": ["bob"]})
-    cage.deliver_to_another(abandoned)
-    cage.publish({"userIds": ["alice"]})
-    cage.make_old(abandoned)
-    assert cage.run().end() == 0
-    assert list(cage.api.stored) == [("bob", "inferences")]
-
-
-def test_an_event_that_a_live_worker_holds_is_left_to_it(cage: Cage):
-    held = cage.publish({"userIds": ["bob"]})
-    cage.deliver_to_another(held)
-    cage.publish({"userIds": ["alice"]})
-    assert cage.run().end() == 0
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-    assert cage.pending() == {held: 1}
-
-
-def test_an_abandoned_event_is_found_behind_all_that_live_workers_hold(cage: Cage):
-    message_ids = [cage.publish(EVENT) for _ in range(300)]
-    cage.deliver_to_another(*message_ids)
-    cage.make_old(message_ids[-1])
-    assert cage.run().end() == 0
-    assert cage.pending().keys() == set(message_ids[:-1])
-
-
-def test_a_waiting_worker_finds_an_event_as_it_is_abandoned(real_cage: Cage):
-    message_id = real_cage.publish(EVENT)
-    real_cage.deliver_to_another(message_id)
-    run = real_cage.start(constants="index.WAIT_SECONDS = 0.2").until("waiting")
-    time.sleep(0.5)
-    assert run.process.poll() is None
-    real_cage.make_old(message_id)
-    assert run.end() == 0
-    assert len(real_cage.api.stored) == 2
-
-
-def test_looking_for_abandoned_events_happens_often_enough():
-    assert index.WAIT_SECONDS <= 15
-    assert index.CLAIM_SECONDS == 60
-    assert index.RENEW_SECONDS == 20
-
-
-def test_a_claim_is_renewed_while_a_slow_user_is_worked_on(cage: Cage):
-    cage.api.held = {"GET activeUsers/bob/data"}
-    slow = cage.publish({"userIds": ["bob"]})
-    constants = "index.CLAIM_SECONDS = 1; index.RENEW_SECONDS = 0.2"
-    first = cage.start(constants=constants)
-    cage.api.until_held()
-    time.sleep(1.5)  # longer than a claim without renewal
-    cage.publish({"userIds": ["alice"]})
-    second = cage.run(constants=constants)
-    assert second.end() == 0
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-    assert cage.pending() == {slow: 1}  # a renewal is no delivery
-    cage.api.gate.set()
-    assert first.end() == 0
-    assert cage.pending() == {}
-
-
-def test_a_worker_that_lost_its_claim_does_not_take_it_back(cage: Cage):
-    cage.api.held = {"GET activeUsers/bob/data"}
-    message_id = cage.publish({"userIds": ["bob"]})
-    frozen = cage.start(constants="index.RENEW_SECONDS = 0.5")
-    cage.api.until_held()
-    frozen.process.send_signal(signal.SIGSTOP)
-    cage.make_old(message_id)
-    second = cage.start().until("delivery 2 of 3")
-    frozen.process.send_signal(signal.SIGCONT)
-    frozen.until(f"WARNING message {message_id}: claim lost")
-    frozen.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert cage.pending() == {message_id: 2}
-    [entry] = cage.queue.xpending_range("events", "consummers", "-", "+", 1, idle=30_000) or [None]
-    assert entry is None
-    cage.api.gate.set()
-    assert frozen.end() == 143
-    assert second.end() == 0
-    assert cage.pending() == {}
-
-
-def test_two_workers_share_many_events_each_once(cage: Cage):
-    cage.api.users = {f"user-{number}": "" for number in range(12)}
-    for user_id in cage.api.users:
-        cage.publish({"userIds": [user_id]})
-    for _ in range(6):
-        both = [cage.start(), cage.start()]
-        assert [run.end() for run in both] == [0, 0]
-    stores = [request for request in cage.api.requests if request.startswith("PUT")]
-    assert sorted(stores) == sorted(f"PUT activeUsers/{id}/inferences" for id in cage.api.users)
-    assert cage.pending() == {}
-    assert len(cage.queue.xinfo_consumers("events", "consummers")) == 1  # no run leaves a trace
-
-
-# What is set aside
-
-
-def test_an_event_that_fails_every_time_is_set_aside_after_its_third_try(cage: Cage):
-    fails = cage.publish_raw(msg_data='{"userIds": ["nobody"]}', own="field", error="its own")
-    cage.publish({"userIds": ["alice"]})
-    for delivery in (1, 2, 3):
-        run = cage.run()
-        assert run.end() == 1
-        assert f"message {fails}: delivery {delivery} of 3" in run.log
-        if delivery < 3:
-            assert cage.pending() == {fails: delivery}
-            assert cage.dead_letters() == []
-            cage.make_old(fails)
-    lines = [line for line in run.log.splitlines() if "set aside" in line]
-    assert len(lines) == 1
-    assert (
-        f"ERROR message {fails}: set aside in events:dead-letter: 1 of 1 users failed" in lines[0]
-    )
-    assert cage.pending() == {}
-    [letter] = cage.dead_letters()
-    assert letter == {
-        b"msg_data": b'{"userIds": ["nobody"]}',
-        b"own": b"field",
-        b"error": b"1 of 1 users failed",
-        b"message_id": fails.encode(),
-    }
-    assert cage.run().end() == 0
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-
-
-def test_an_event_that_kills_its_worker_every_time_is_set_aside(cage: Cage):
-    edit(cage.code, "def compute(user_id, data): os.kill(os.getpid(), 9)")
-    kills = cage.publish({"userIds": ["bob"]})
-    for _ in range(3):
-        assert cage.run().end() == -signal.SIGKILL
-        cage.make_old(kills)
-    run = cage.run()
-    assert run.end() == 1
-    reason = "delivered 3 times, finished by no worker"
-    assert f"ERROR message {kills}: set aside in events:dead-letter: {reason}" in run.log
-    assert [letter[b"error"] for letter in cage.dead_letters()] == [reason.encode()]
-    assert cage.pending() == {}
-
-
-MALFORMED = {
-    "no JSON": (b'{"secret": ', "msg_data is not JSON: Expecting value"),
-    "not UTF-8": (b'{"secret": "\xff"}', "msg_data is not UTF-8 (byte 12)"),
-    "UTF-16": ('{"secret": 1}'.encode("utf-16"), "msg_data is not UTF-8 (byte 0)"),
-    "null": (b"null", "msg_data is not a JSON object"),
-    "a number": (b"7", "msg_data is not a JSON object"),
-    "a list": (b'["secret"]', "msg_data is not a JSON object"),
-    "nested": (b'{"a":' * 100_000, "msg_data is nested too deeply"),
-    "many digits": (b'{"a": %s}' % (b"7" * 5_000), ""),
-    **{
-        f"userIds {user_ids}": (b'{"userIds": %s}' % user_ids.encode(), "userIds is not a list of")
-        for user_ids in ('"secret"', "{}", "7", "false", "[1]", "[null]", '[""]', '["."]', '[".."]')
-    },
-}
-
-
-@pytest.mark.parametrize(("payload", "reason"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_message_is_set_aside_at_once(cage: Cage, payload: bytes, reason: str):
-    malformed = cage.publish_raw(msg_data=payload)
-    cage.publish({"userIds": ["alice"]})
-    run = cage.run()
-    assert run.end() == 1
-    [_, line] = run.log.splitlines()
-    assert (
-        f"ERROR message {malformed}: set aside in events:dead-letter: malformed: {reason}" in line
-    )
-    assert "secret" not in line
-    assert cage.pending() == {}
-    [letter] = cage.dead_letters()
-    assert letter[b"msg_data"] == payload
-    assert letter[b"error"].startswith(b"malformed: ")
-    assert letter[b"message_id"] == malformed.encode()
-    assert cage.run().end() == 0
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-
-
-def test_a_message_without_msg_data_is_set_aside_at_once(cage: Cage):
-    cage.publish_raw(data="{}")
-    run = cage.run()
-    assert run.end() == 1
-    assert "malformed: no field msg_data" in run.log
-    assert cage.dead_letters()[0][b"data"] == b"{}"
-
-
-def test_the_dead_letters_are_bounded(cage: Cage):
-    for number in range(1500):
-        cage.queue.xadd("events:dead-letter", {"msg_data": str(number)})
-    cage.publish_raw(msg_data="null")
-    assert cage.run().end() == 1
-    letters = cage.dead_letters()
-    assert 1000 <= len(letters) <= 1100  # Redis trims whole nodes, of 100 entries
-    assert letters[-1][b"msg_data"] == b"null"
-
-
-def test_an_entry_trimmed_while_it_was_pending_is_skipped_with_a_warning(cage: Cage):
-    trimmed = cage.publish({"userIds": ["bob"]})
-    cage.deliver_to_another(trimmed)
-    cage.make_old(trimmed)
-    cage.queue.xdel("events", trimmed)
-    cage.publish({"userIds": ["alice"]})
-    run = cage.run()
-    assert run.end() == 0
-    assert f"WARNING message {trimmed}: trimmed from the queue, skipped" in run.log
-    assert cage.pending() == {}
-    assert cage.api.stored.keys() == {("alice", "inferences")}
-
-
-def test_a_dead_letter_that_redis_refuses_stays_in_the_queue_and_out_of_the_log(cage: Cage):
-    cage.queue.set("events:dead-letter", "no stream")
-    refused = cage.publish_raw(msg_data='["secret"]')
-    run = cage.run()
-    assert run.end() == 2
-    assert "WRONGTYPE" in run.log.splitlines()[-1]
-    assert "secret" not in run.log
-    assert "Traceback" not in run.log
-    assert cage.pending() == {refused: 1}
-
-
-def test_a_dead_letter_that_redis_has_no_memory_for_stays_too(real_cage: Cage):
-    refused = real_cage.publish_raw(msg_data='["secret"]')
-    real_cage.queue.xgroup_create("events", "consummers", "0")
-    real_cage.queue.config_set("maxmemory", 1)
-    run = real_cage.run()
-    assert run.end() == 2
-    assert "events:dead-letter: command not allowed when used memory" in run.log
-    assert "secret" not in run.log
-    assert real_cage.pending() == {refused: 1}
-
-
-# Signals
-
-
-def test_sigterm_ends_a_waiting_worker_within_a_second_and_quietly(real_cage: Cage):
-    for signal_number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        run = real_cage.start().until("waiting")
-        time.sleep(0.3)
-        sent = time.monotonic()
-        run.process.send_signal(signal_number)
-        assert run.end() == status
-        assert time.monotonic() - sent < 1
-        assert len(run.log.splitlines()) == 1
-
-
-def test_sigterm_lets_users_under_way_finish_and_leaves_the_event_to_the_next(cage: Cage):
-    cage.api.users = {f"user-{number}": "" for number in range(40)}
-    cage.api.held = {f"GET activeUsers/{user_id}/data" for user_id in cage.api.users}
-    message_id = cage.publish(EVENT)
-    run = cage.start()
-    until(lambda: len(cage.api.requests) == 1 + 16, "16 users are under way")
-    run.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    cage.api.gate.set()
-    assert run.end() == 143
-    assert f"WARNING message {message_id}: stopped" in run.log
-    assert "Traceback" not in run.log
-    assert len(cage.api.stored) == 16
-    assert len(cage.api.requests) == 1 + 16 + 16
-    assert cage.pending() == {message_id: 0}  # the stop is not counted against the event
-    assert cage.run().end() == 0  # and at once, with no need to wait for the claim to end
-    assert len(cage.api.stored) == 40
-
-
-def test_sigterm_ends_a_worker_whose_users_never_finish(cage: Cage):
-    cage.api.held = {"GET activeUsers/bob/data"}
-    message_id = cage.publish(EVENT)
-    run = cage.start(constants="index.GRACE_SECONDS = 1")
-    cage.api.until_held()
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() == 143
-    assert cage.pending() == {message_id: 1}
-    assert index.GRACE_SECONDS < 30
-
-
-# When Redis goes away
-
-
-def test_redis_away_at_the_start_is_waited_for(real_cage: Cage):
-    real_cage.publish(EVENT)
-    real_cage.server.kill()
-    run = real_cage.start().until("is away")
-    time.sleep(1)
-    real_cage.server.restart()
-    assert run.end() == 0, run.log
-    assert run.log.count("WARNING") == 1
-
-
-@pytest.mark.parametrize("keep_data", [True, False])
-def test_redis_restarted_while_a_worker_waits(real_cage: Cage, keep_data: bool):
-    run = real_cage.start().until("waiting")
-    until(lambda: real_cage.queue.exists("events"), "the group is there")
-    real_cage.server.kill()
-    run.until("is away")
-    time.sleep(1)
-    real_cage.server.restart(keep_data=keep_data)
-    real_cage.publish(EVENT)
-    assert run.end() == 0, run.log
-    assert run.log.count("WARNING") == 1
-    assert real_cage.pending() == {}
-    assert len(real_cage.api.stored) == 2
-
-
-def test_redis_emptied_while_a_worker_waits(real_cage: Cage):
-    run = real_cage.start().until("waiting")
-    until(lambda: real_cage.queue.exists("events"), "the group is there")
-    time.sleep(0.2)
-    real_cage.queue.flushall()
-    real_cage.publish(EVENT)
-    assert run.end() == 0, run.log
-    assert len(real_cage.api.stored) == 2
-
-
-def test_redis_restarted_while_a_worker_works(real_cage: Cage):
-    real_cage.api.held = {"GET activeUsers/bob/data"}
-    real_cage.publish(EVENT)
-    run = real_cage.start(constants="index.RENEW_SECONDS = 0.1")
-    real_cage.api.until_held()
-    real_cage.server.kill()
-    run.until("is away")
-    real_cage.server.restart()
-    assert run.process.poll() is None
-    real_cage.api.gate.set()
-    assert run.end() == 0, run.log
-    assert real_cage.pending() == {}
-    assert len(real_cage.api.stored) == 2
-
-
-def test_a_claim_that_cannot_be_renewed_is_a_warning_and_the_work_goes_on(real_cage: Cage):
-    real_cage.api.held = {"GET activeUsers/bob/data"}
-    real_cage.publish(EVENT)
-    run = real_cage.start(constants="index.RENEW_SECONDS = 0.1")
-    real_cage.api.until_held()
-    real_cage.queue.flushall()
-    run.until("claim not renewed: NOGROUP")
-    real_cage.api.gate.set()
-    assert run.end() == 0, run.log
-    assert len(real_cage.api.stored) == 2
-
-
-def test_redis_restarted_before_the_acknowledgement(real_cage: Cage):
-    real_cage.api.held = {"GET activeUsers/bob/data"}
-    real_cage.publish(EVENT)
-    run = real_cage.start()
-    real_cage.api.until_held()
-    real_cage.server.kill()
-    real_cage.api.gate.set()
-    run.until("is away")
-    real_cage.server.restart()
-    assert run.end() == 0, run.log
-    assert run.log.count("WARNING") == 1
-    assert real_cage.pending() == {}
-
-
-def test_redis_that_stays_away_ends_the_run_with_one_clear_line(real_cage: Cage):
-    real_cage.server.kill()
-    started = time.monotonic()
-    run = real_cage.run(constants="index.OUTAGE_SECONDS = 2; index.BACKOFF_SECONDS = 0.5")
-    assert run.end() == 2
-    assert 2 < time.monotonic() - started < 10
-    [_, warning, error] = run.log.splitlines()
-    address = f"127.0.0.1:{real_cage.server.port}"
-    assert f"WARNING Redis at {address} is away: " in warning
-    assert f"ERROR Redis at {address}: ConnectionError: " in error
-    assert index.OUTAGE_SECONDS > 60
-
-
-# What Redis may refuse
-
-
-def test_a_key_of_another_type_ends_the_run_at_once(cage: Cage):
-    cage.queue.set("events", "no stream")
-    run = cage.run()
-    assert run.end() == 2
-    assert "WRONGTYPE" in run.log.splitlines()[-1]
-    assert "Traceback" not in run.log
-
-
-def test_a_password_that_redis_demands_ends_the_run_at_once(real_cage: Cage):
-    real_cage.queue.config_set("requirepass", "another")
-    run = real_cage.run()
-    assert run.end() == 2
-    assert len(run.log.splitlines()) == 2
-    assert f"ERROR Redis at 127.0.0.1:{real_cage.server.port}: AuthenticationError" in run.log
-
-
-# TLS
-
-
-@pytest.fixture
-def tls_cage(api: StandInApi, code: Path, tmp_path: Path, certificate: Path) -> Iterator[Cage]:
-    """A cage whose Redis speaks TLS only, with the process told so."""
-    require("redis-server")
-    (tmp_path / "tls").mkdir()
-    with RealRedis(tmp_path / "tls", certificate) as server, Cage(api, server, code) as cage:
-        cage.variables["TLS_CAFILE"] = str(certificate)
-        yield cage
-
-
-def test_an_event_comes_over_tls(tls_cage: Cage):
-    tls_cage.publish(EVENT)
-    run = tls_cage.run()
-    assert run.end() == 0, run.log
-    assert len(tls_cage.api.stored) == 2
-
-
-def test_a_certificate_of_another_ca_or_for_another_host_is_refused_at_once(
-    tls_cage: Cage, tmp_path: Path
-):
-    create_certificate(tmp_path / "other.crt")
-    tls_cage.publish(EVENT)
-    for variables in (
-        {"TLS_CAFILE": str(tmp_path / "other.crt")},
-        {"REDIS_SERVICE_HOST": "127.0.0.2"},
-    ):
-        run = tls_cage.run(variables=variables)
-        assert run.end() == 2
-        [_, line] = run.log.splitlines()
-        assert "certificate verify failed" in line
-    assert tls_cage.run().end() == 0
-
-
-def test_tls_on_one_side_only_ends_the_run_at_once(
-    tls_cage: Cage, real_cage: Cage, certificate: Path
-):
-    run = tls_cage.run(variables={"TLS_CAFILE": ""})
-    assert run.end() == 2
-    [_, line] = run.log.splitlines()
-    assert "it speaks TLS: set TLS_CAFILE" in line
-    run = real_cage.run(variables={"TLS_CAFILE": str(certificate)})
-    assert run.end() == 2
-    [_, line] = run.log.splitlines()
-    assert "no answer in TLS, which TLS_CAFILE asks for" in line
-
-
-# What the README says
-
-
-def test_the_readme_shows_the_config_as_it_is():
-    [block] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert yaml.safe_load(block) == CONFIG
-
-
-def test_the_commands_of_the_readme_for_dead_letters_and_more_workers_work(cage: Cage):
-    section = README.partition("## When something goes wrong")[2]
-    look, publish_again, more_workers = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-
-    def output_of(command: str) -> str:
-        done = subprocess.run(
-            command, cwd=ROOT, env=cage.variables, shell=True, capture_output=True, check=True
-        )
-        return done.stdout.decode("utf-8")
-
-    malformed = [cage.publish_raw(msg_data="null", own=str(number)) for number in range(4)]
-    output_of(more_workers)
-    shown = re.findall(r"b'message_id': b'(.*?)'", output_of(look))
-    assert sorted(shown) == malformed  # the workers ran side by side
-    output_of(publish_again)
-    assert cage.dead_letters() == []
-    again = [fields for _, fields in cage.queue.xrange("events")[-4:]]
-    assert all(fields.keys() == {b"msg_data", b"own"} for fields in again)
-    assert sorted(fields[b"own"] for fields in again) == [b"0", b"1", b"2", b"3"]
-
-
-# How the rehearsal goes
-
-
-def rehearsal(code: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run the rehearsal in a folder that holds the project."""
-    command = [sys.executable, str(code / "test.py"), *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
-
-
-def test_the_rehearsal_lets_the_log_through_and_prints_what_was_stored(code: Path):
-    done = rehearsal(code)
-    assert done.returncode == 0
-    log, _, results = done.stdout.partition("\n\n")
-    assert all(re.match(r"\d{4}-\d\d-\d\d .{12} INFO ", line) for line in log.splitlines())
-    assert "processed in" in log
-    lines = results.splitlines()
-    assert lines[:-1] == [
-        "alice: inferences",
-        "    " + USERS["alice"].strip(),
-        "bob: inferences",
-        "    " + USERS["bob"].strip(),
-    ]
-    last = r"users: 2, stored: 2, failed: 0, seconds: \d+\.\d, exit status: 0"
-    assert re.fullmatch(last, lines[-1])
-    assert max(map(len, lines)) <= 80
-    assert done.stderr == ""
-
-
-def test_the_rehearsal_runs_the_algorithm_of_this_repository():
-    done = rehearsal(ROOT)
-    assert done.returncode == 0, done.stdout
-    assert "users: 2, stored: 2, failed: 0," in done.stdout
-
-
-def test_the_rehearsal_takes_files_and_keeps_their_text_intact(code: Path, tmp_path: Path):
-    for name, text in {"zoë.ttl": '# "Zoë"\n# 佐江\n', "bob.card.ttl": "# ☃"}.items():
-        (tmp_path / name).write_bytes(text.encode("utf-8"))
-    for variables in ({}, {"PYTHONIOENCODING": "ascii"}):
-        done = rehearsal(code, tmp_path / "zoë.ttl", tmp_path / "bob.card.ttl", **variables)
-        assert done.returncode == 0
-        results = done.stdout.partition("\n\n")[2].splitlines()
-        assert results[:-1] == [
-            "bob.card: inferences",
-            "    # ☃",
-            "zoë: inferences",
-            '    # "Zoë"',
-            "    # 佐江",
-        ]
-
-
-def test_the_data_in_the_rehearsal_is_what_is_in_the_file(code: Path, tmp_path: Path):
-    (tmp_path / "alice.ttl").write_bytes(b"#\r\n#\r\n")
-    edit(code, "def compute(user_id, data): return f'# {len(data)}'")
-    assert "    # 6\n" in rehearsal(code, tmp_path / "alice.ttl").stdout
-
-
-def test_the_rehearsal_publishes_the_event_it_is_given(code: Path):
-    edit(code, "def process_event(event): print(event)")
-    assert "{'jobId': 'job-1', 'trigger': 'rehearsal', 'msg_dt': '" in rehearsal(code).stdout
-    done = rehearsal(code, "--event", '{"userIds": ["alice"], "trigger": "full"}')
-    assert "{'userIds': ['alice'], 'trigger': 'full', 'msg_dt': '" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("event", "reason", "counts"),
-    [
-        ({"userIds": ["alice", "eve"]}, "1 of 2 users failed", "users: 2, stored: 1, failed: 1,"),
-        ({"userIds": ["\ud800"]}, "answered 404", "users: 1, stored: 0, failed: 1,"),
-        ({"userIds": [[1]]}, "malformed: userIds", "users: 2, stored: 0, failed: 2,"),
-    ],
-)
-def test_the_rehearsal_shows_an_event_that_fails(code: Path, event: dict, reason: str, counts: str):
-    done = rehearsal(code, "--event", json.dumps(event))
-    assert done.returncode == 1
-    assert reason in done.stdout
-    assert counts in done.stdout
-    assert done.stdout.endswith("exit status: 1\n")
-
-
-def test_the_rehearsal_refuses_what_it_cannot_use_with_one_line(code: Path, tmp_path: Path):
-    (tmp_path / "latin.ttl").write_bytes(b"Zo\xeb")
-    (tmp_path / "other").mkdir()
-    for name in ("alice.ttl", "other/alice.ttl"):
-        (tmp_path / name).touch()
-    for arguments, reason in (
-        (["nowhere.ttl"], "nowhere.ttl: No such file"),
-        ([tmp_path], "Is a directory"),
-        ([tmp_path / "latin.ttl"], "not UTF-8"),
-        ([tmp_path / "alice.ttl", tmp_path / "other" / "alice.ttl"], "another file for the user"),
-        (["--event", "{"], "--event is not a JSON object"),
-        (["--event", "[\n]"], "--event is not a JSON object"),
-        (["--event", "[" * 100_000], "--event is not a JSON object"),
-    ):
-        done = rehearsal(code, *arguments)
-        assert done.returncode == 2
-        [line] = done.stderr.splitlines()
-        assert reason in line
-        assert done.stdout == ""
-
-
-def test_the_rehearsal_explains_itself(code: Path):
-    done = rehearsal(code, "--help")
-    assert done.returncode == 0
-    assert all(word in done.stdout for word in ("FILE", "--event", "user's ID", "built-in"))
-    assert len(done.stdout.splitlines()) < 20
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ctrl_c_ends_the_rehearsal_at_once_and_leaves_no_process(code: Path, signal_number: int):
-    edit(code, "def compute(user_id, data): print(f'<{os.getpid()}>'); time.sleep(60)")
-    command = [sys.executable, str(code / "test.py")]
-    with subprocess.Popen(command, env={}, stdout=subprocess.PIPE, encoding="utf-8") as rehearsed:
-        process_id = None
-        while not process_id:
-            process_id = re.match(r"<(\d+)>", rehearsed.stdout.readline())
-        sent = time.monotonic()
-        rehearsed.send_signal(signal_number)
-        assert rehearsed.wait(PATIENCE_SECONDS) == 128 + signal_number
-        assert time.monotonic() - sent < 2
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(process_id[1]), 0)
-
-
-# The rehearsal
-
-
-def rehearse(users: dict[str, str], event: dict[str, Any]) -> int:
-    """Run the entry on one event and print what it stored; return its exit status.
-
-    Takes the data of all active users by user ID.
-    """
-    started = time.monotonic()
-    with StandInApi(users) as api, EmbeddedRedis() as server, Cage(api, server) as cage:
+    command = [sys.executable, "-u", "-c", REHEARSED_ENTRY]
+    with StandInApi(users) as api, EmbeddedRedis() as server:
+        cage = Cage(api, server, folder)
         cage.publish(event)
-        process = cage.start(log_through=True).process
-        while process.poll() is None:
-            time.sleep(0.05)  # not wait(): a signal that another thread takes would not end it
-        status = process.returncode
-    status = status if status >= 0 else 128 - status  # ended by a signal: told as a shell does
-    seconds = time.monotonic() - started
-    named = event.get("userIds")
-    strings = isinstance(named, list) and all(isinstance(user_id, str) for user_id in named)
-    user_ids = set(named if strings else users)
+        run = subprocess.Popen(command, cwd=folder, env=os.environ | cage.variables)
+        try:
+            while run.poll() is None:
+                time.sleep(0.05)  # not wait(), which a signal in another thread does not end
+        finally:
+            run.kill()
+    status = run.returncode if run.returncode >= 0 else 128 - run.returncode  # as a shell does
+    user_ids = event.get("userIds")
+    named = set(map(str, user_ids if isinstance(user_ids, list) else users))
     stored = {user_id for user_id, kind in api.stored}
     print()
-    for user_id in sorted(user_ids - stored):
-        print(f"{user_id}: nothing stored")
-    for (user_id, kind), text in sorted(api.stored.items()):
-        print(f"{user_id}: {kind}")
-        print(textwrap.indent(text.rstrip("\n"), "    "))
-    failed = len(user_ids - stored) if status else 0
+    for user_id in sorted(named - stored):
+        print(f"{user_id}: nothing stored{'' if user_id in users else '; no file holds this user'}")
+    for (user_id, kind), turtle in api.stored.items():
+        note = "" if user_id in named else "; the event does not name this user"
+        print(f"{user_id}: {kind}{note}", textwrap.indent(turtle.rstrip("\n"), "    "), sep="\n")
     print(
-        f"users: {len(user_ids)}, stored: {len(stored)}, failed: {failed}, "
-        f"seconds: {seconds:.1f}, exit status: {status}"
+        f"users: {len(named)}, stored: {len(named & stored)}, not stored: {len(named - stored)}, "
+        f"not in the event: {len(stored - named)}, "
+        f"seconds: {time.monotonic() - started:.1f}, exit status: {status}"
     )
     return status
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Rehearse what the command line says; return the exit status."""
     parser = argparse.ArgumentParser(
-        description="Rehearse the cage: run the entry of datavillage.yaml on one event, with a "
-        "Redis and an API of its own, and print what it stored."
+        description="Rehearse the cage: run the entry on one event, with a Redis and an API of its "
+        "own, one user after the other, and print what it stored."
     )
-    parser.add_argument(
-        "files",
-        nargs="*",
-        metavar="FILE",
-        help="a user's data, Turtle in UTF-8; the name without its ending is the user's ID "
-        "(default: two built-in users)",
-    )
-    parser.add_argument(
-        "--event",
-        metavar="JSON",
-        default=json.dumps(EVENT),
-        help="the event to publish, a JSON object (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
+    files_help = "a user's data, Turtle in UTF-8; the name without its ending is the user's ID"
+    files_help += " (default: USERS of test.py)"
+    parser.add_argument("files", nargs="*", metavar="FILE", help=files_help)
+    event_help = "the event to publish (default: %(default)s)"
+    parser.add_argument("--event", metavar="JSON", default=json.dumps(EVENT), help=event_help)
+    options = parser.parse_args(arguments)
+    users: dict[str, str] = {}
     try:
-        event = json.loads(arguments.event)
-    except (ValueError, RecursionError):
-        event = None
+        event = json.loads(options.event)
+    except (ValueError, RecursionError) as error:
+        parser.exit(2, f"--event: {error}\n")
     if not isinstance(event, dict):
-        parser.exit(2, "--event is not a JSON object\n")
-    users = {}
-    for file in map(Path, arguments.files):
+        parser.exit(2, "--event: not a JSON object\n")
+    for file in map(Path, options.files):
         if file.stem in users:
-            parser.exit(2, f"{file}: there is another file for the user {file.stem}\n")
+            parser.exit(2, f"{file}: another file for the user {file.stem!r}\n")
         try:
             users[file.stem] = file.read_bytes().decode("utf-8")  # with its line ends as they are
-        except OSError as error:
-            parser.exit(2, f"{file}: {error.strerror}\n")
-        except UnicodeDecodeError as error:
-            parser.exit(2, f"{file}: not UTF-8 at byte {error.start}\n")
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # An exit, and not the default: the cage then ends the process that it has started.
-        signal.signal(signal_number, lambda number, frame: sys.exit(128 + number))
-    return rehearse(users or USERS, event)
+        except (OSError, UnicodeDecodeError) as error:
+            parser.exit(2, f"{file}: {error}\n")
+    try:
+        return rehearse(users or USERS, event, ROOT)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(main())
