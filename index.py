@@ -72,8 +72,9 @@ class Message(NamedTuple):
 
 def main() -> int:
     """Process one event; return the exit status."""
-    # SIGTERM needs a handler: PID 1 of a container ignores a signal that has none.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also PID 1 of a container and a job in the background are to be stopped by a signal.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.default_int_handler)
     if names := unusable_variables():
         logger.error("not started: missing or unusable: %s", ", ".join(names))
         return 2

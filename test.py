@@ -27,7 +27,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -246,25 +246,23 @@ def test_the_oldest_abandoned_event_comes_first_however_many_live_workers_hold(c
     assert cage.pending() == dict.fromkeys(held[:-2], 1)
 
 
-def test_a_waiting_worker_finds_an_event_as_it_is_abandoned(
-    real_cage: Cage, background, monkeypatch
-):
+def test_a_waiting_worker_finds_an_event_as_it_is_abandoned(real_cage: Cage, monkeypatch):
     monkeypatch.setattr(index, "WAIT_SECONDS", 0.05)
     message_id = real_cage.publish({})
     real_cage.deliver_to_another(message_id)
-    run = background.submit(real_cage.handle, ignore)
+    run = real_cage.handle_beside(ignore)
     time.sleep(0.2)
     assert not run.done()
     real_cage.make_old(message_id)
     assert run.result(PATIENCE_SECONDS) == 0
 
 
-def test_a_claim_is_renewed_while_the_work_goes_on(cage: Cage, background, monkeypatch):
+def test_a_claim_is_renewed_while_the_work_goes_on(cage: Cage, monkeypatch):
     assert (index.RENEW_SECONDS, index.CLAIM_SECONDS, index.WAIT_SECONDS) == (20, 60, 10)
     monkeypatch.setattr(index, "CLAIM_SECONDS", 0.5)
     monkeypatch.setattr(index, "RENEW_SECONDS", 0.1)
     slow, finish = cage.publish({}), threading.Event()
-    run = background.submit(cage.handle, lambda event: finish.wait(PATIENCE_SECONDS) and None)
+    run = cage.handle_beside(lambda event: finish.wait(PATIENCE_SECONDS) and None)
     until(cage.pending, "the event is taken")
     time.sleep(0.8)  # longer than a claim without renewal
     cage.publish({"number": 2})
@@ -638,10 +636,8 @@ def test_a_run_killed_in_the_middle_is_finished_by_the_next(cage: Cage):
     assert cage.pending() == {}
 
 
-def test_a_run_waits_without_end_or_cost_and_takes_an_event_as_it_comes(
-    real_cage: Cage, background, caplog
-):
-    run = background.submit(real_cage.handle, ignore)
+def test_a_run_waits_without_end_or_cost_and_takes_an_event_as_it_comes(real_cage: Cage, caplog):
+    run = real_cage.handle_beside(ignore)
     until(real_cage.is_waited_on, "it waits")
     processor_seconds = time.process_time()
     time.sleep(5.5)  # more than redis-py by itself waits for an answer
@@ -692,7 +688,7 @@ def test_sigterm_lets_users_under_way_finish_and_hands_the_event_to_the_next(cag
     "state", ["starting", "waiting", "waiting, without its data", "working", "acknowledging"]
 )
 def test_a_restart_of_redis_is_ridden_out_with_one_warning_that_names_the_reason(
-    real_cage: Cage, background, caplog, monkeypatch, state: str
+    real_cage: Cage, caplog, monkeypatch, state: str
 ):
     cage, finish, waiting = real_cage, threading.Event(), state.startswith("waiting")
     if state == "working":
@@ -701,7 +697,7 @@ def test_a_restart_of_redis_is_ridden_out_with_one_warning_that_names_the_reason
         cage.publish({})
     if state == "starting":
         cage.server.kill()
-    run = background.submit(cage.handle, lambda event: finish.wait(PATIENCE_SECONDS) and None)
+    run = cage.handle_beside(lambda event: finish.wait(PATIENCE_SECONDS) and None)
     if state != "starting":
         until(cage.is_waited_on if waiting else cage.pending, state)
         cage.server.kill()
@@ -721,8 +717,8 @@ def test_a_restart_of_redis_is_ridden_out_with_one_warning_that_names_the_reason
     assert cage.pending() == {}
 
 
-def test_redis_emptied_while_a_run_waits_costs_no_later_event(real_cage: Cage, background):
-    run = background.submit(real_cage.handle, ignore)
+def test_redis_emptied_while_a_run_waits_costs_no_later_event(real_cage: Cage):
+    run = real_cage.handle_beside(ignore)
     until(real_cage.is_waited_on, "it waits")
     real_cage.queue.flushall()
     real_cage.publish({})
@@ -748,12 +744,13 @@ def test_redis_that_refuses_or_stays_away_ends_the_run_in_words(real_cage: Cage)
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_redis_that_hangs_is_ridden_out(real_cage: Cage, background, caplog, monkeypatch, tls):
+def test_redis_that_hangs_is_ridden_out(real_cage: Cage, caplog, monkeypatch, tls):
     monkeypatch.setattr(index, "WAIT_SECONDS", 0.2)
-    monkeypatch.setattr(index, "SOCKET_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(index, "SOCKET_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(index, "CLAIM_SECONDS", 1)  # for an event whose delivery came too late
     for name, value in real_cage.tls_variables().items() if tls else ():
         monkeypatch.setenv(name, value)
-    run = background.submit(real_cage.handle, ignore)
+    run = real_cage.handle_beside(ignore)
     until(real_cage.is_waited_on, "it waits")
     real_cage.server.process.send_signal(signal.SIGSTOP)
     until(lambda: "is away: Timeout" in caplog.text, "a warning")
@@ -1162,6 +1159,8 @@ class Cage:
         self.folder = folder
         self.queue = redis.Redis("127.0.0.1", server.port, decode_responses=True)
         self.runs: list[Run] = []
+        self.threads = ThreadPoolExecutor()
+        self.handling: list[Future[int]] = []
         self.variables = {
             "DV_URL": api.url,
             "DV_TOKEN": TOKEN,
@@ -1170,7 +1169,7 @@ class Cage:
             "REDIS_SERVICE_HOST": "127.0.0.1",
             "REDIS_SERVICE_PORT": str(server.port),
             "TLS_CAFILE": "",
-            "no_proxy": f"127.0.0.1,{os.environ.get('no_proxy', '')}",
+            "no_proxy": f"127.0.0.1,{os.environ.get('no_proxy') or os.environ.get('NO_PROXY', '')}",
             # For `python` to be the one that this is.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
@@ -1204,6 +1203,11 @@ class Cage:
         """Do in this process what the entry does, with another process_event."""
         with index.connect() as queue:
             return index.handle(queue, index.take(queue), process_event)
+
+    def handle_beside(self, process_event: Callable[[dict], Any]) -> Future[int]:
+        """Do so beside the test."""
+        self.handling.append(self.threads.submit(self.handle, process_event))
+        return self.handling[-1]
 
     def pending(self) -> dict[str, int]:
         """Return the IDs of the events not acknowledged, with the deliveries of each."""
@@ -1281,6 +1285,8 @@ def cage(api, server, project, monkeypatch, caplog) -> Iterator[Cage]:
     for run in cage.runs:
         run.kill()
         run.wait()
+    while not all(handling.done() for handling in cage.handling):
+        cage.publish({})  # a test that failed has left it waiting
     cage.queue.close()
 
 
@@ -1298,13 +1304,6 @@ def real_cage(cage: Cage) -> Iterator[Cage]:
     yield cage
     if cage.server.process.poll() is not None:
         cage.server.start()
-
-
-@pytest.fixture
-def background() -> Iterator[ThreadPoolExecutor]:
-    """Threads for what goes on beside a test."""
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -1410,4 +1409,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also for a job in the background
     sys.exit(main())
