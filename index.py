@@ -241,9 +241,8 @@ def set_aside(queue: redis.Redis, message: Message, reason: str) -> None:
     Raises redis.RedisError when Redis is lost or refuses; the message then stays in the queue.
     """
     error = reason.encode("utf-8", "backslashreplace")
-    # The message's own names are bytes, so that no field of it is replaced here.
-    fields = {**message.fields, "error": error, "message_id": message.id}
-    queue.xadd(DEAD_LETTER_STREAM, fields, maxlen=DEAD_LETTER_LENGTH)
+    letter = {**message.fields, b"error": error, b"message_id": message.id}
+    queue.xadd(DEAD_LETTER_STREAM, letter, maxlen=DEAD_LETTER_LENGTH)
     queue.xack(STREAM, GROUP, message.id)
     logger.error("message %s: set aside in %s: %s", message.id, DEAD_LETTER_STREAM, reason)
 
@@ -310,7 +309,7 @@ def start_logging() -> None:
 
 def is_own(record: logging.LogRecord) -> bool:
     """Tell whether a record may be logged: those of `index`, `process` and `process.…` may."""
-    record.exc_info = None
+    record.exc_info = record.exc_text = None
     return record.name.partition(".")[0] in ("index", "process")
 
 

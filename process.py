@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import quote
 
 import requests
@@ -28,7 +28,6 @@ JITTER_SECONDS = 0.5  # added to a pause at most, so that 16 workers do not come
 RETRY_AFTER_SECONDS = 60  # the longest pause that the API may ask for: the run seems dead meanwhile
 RETRY_STATUSES = (429, 500, 502, 503, 504)  # overload and passing faults
 
-Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +60,7 @@ def process_event(event: dict[str, Any]) -> None:
         raise ProcessingError(f"{len(failed):,} of {len(set(user_ids)):,} users failed")
 
 
-def for_each_user(user_ids: Iterable[str], work: Callable[[str], Result]) -> dict[str, Result]:
+def for_each_user(user_ids: Iterable[str], work: Callable[[str], Any]) -> dict[str, Any]:
     """Call `work` with each user's ID, each once, WORKERS side by side, in threads.
 
     Returns, by user ID, what it returned. A user whose work raised is not in there, but in the
@@ -69,7 +68,7 @@ def for_each_user(user_ids: Iterable[str], work: Callable[[str], Result]) -> dic
     """
     users = dict.fromkeys(user_ids)
     waiting = iter(users)
-    results: dict[str, Result] = {}
+    results: dict[str, Any] = {}
     failed: list[str] = []
 
     def work_in_turn() -> None:
@@ -109,12 +108,12 @@ def describe(error: BaseException) -> str:
     """
     if isinstance(error, ProcessingError):
         return str(error)
-    # Of an endless recursion there are a thousand places.
-    last_places = traceback.extract_tb(error.__traceback__, limit=-30)
-    places = [
-        f"{os.path.basename(place.filename)}:{place.lineno} {place.name}" for place in last_places
-    ]
-    return f"{type(error).__name__} at {', '.join(places)}"
+    places = traceback.extract_tb(error.__traceback__, limit=-30)  # recursion makes a thousand
+    path = ", ".join(
+        f"{os.path.basename(place.filename)}:{place.lineno} {place.name}"
+        for place in places[1:] or places  # the first is the one that caught it
+    )
+    return f"{type(error).__name__} at {path}"
 
 
 class DatavillageApi:
@@ -157,13 +156,9 @@ class DatavillageApi:
         return user_ids
 
     def user_data(self, user_id: str) -> str:
-        """Return a user's data, as Turtle."""
-        url = f"{self._users_url}/{as_segment(user_id)}/data"
-        try:
-            # By itself requests takes text/* for ISO-8859-1. Turtle is UTF-8 (W3C, RDF 1.1 Turtle).
-            return self._call("GET", url).decode("utf-8")
-        except UnicodeDecodeError:
-            raise ProcessingError(f"GET {url} answered no UTF-8") from None
+        """Return a user's data, as Turtle. Raises UnicodeDecodeError if it is not UTF-8."""
+        # By itself requests takes text/* for ISO-8859-1. Turtle is UTF-8 (W3C, RDF 1.1 Turtle).
+        return self._call("GET", f"{self._users_url}/{as_segment(user_id)}/data").decode("utf-8")
 
     def store(
         self, user_id: str, turtle: str, kind: Literal["inferences", "explains"] = "inferences"
