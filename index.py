@@ -308,7 +308,7 @@ def start_logging() -> None:
 
 
 def is_own(record: logging.LogRecord) -> bool:
-    """Tell whether a record may be logged: those of `index`, `process` and `process.…` may."""
+    """Strip a record of its exception; tell whether it is of `index`, `process` or `process.…`."""
     record.exc_info = record.exc_text = None
     return record.name.partition(".")[0] in ("index", "process")
 

@@ -9,10 +9,9 @@ import logging
 import os
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import requests
@@ -36,7 +35,7 @@ def compute(user_id: str, data: str) -> str:
 
     An exception fails this user and no other. The sample states how long the data is.
     """
-    user = f"https://example.org/users/{quote(user_id, safe='')}"  # any ID makes a valid IRI
+    user = f"https://example.org/{quote(user_id, safe='')}"  # any ID makes a valid IRI
     return f"<{user}> <https://example.org/characters> {len(data)} .\n"
 
 
@@ -93,7 +92,7 @@ def for_each_user(user_ids: Iterable[str], work: Callable[[str], Any]) -> dict[s
                     logger.info(f"{done:,} of {len(users):,} users, {len(failed):,} failed")
                     report_at += PROGRESS_SECONDS
         finally:
-            deque(waiting, maxlen=0)  # on a stop, leaves the workers no user to begin
+            list(waiting)  # takes the rest: on a stop, the workers find no user to begin
     return results
 
 
@@ -130,9 +129,8 @@ class DatavillageApi:
         self._session.headers["Authorization"] = f"Bearer {os.environ['DV_TOKEN']}"
         # Proxies and CA bundle are read here, once; else each request would look them up, and
         # a .netrc could replace the token.
-        environment = self._session.merge_environment_settings(base, {}, None, None, None)
-        self._session.proxies = environment["proxies"]
-        self._session.verify = environment["verify"]
+        settings = self._session.merge_environment_settings(base, {}, None, None, None)
+        self._session.proxies, self._session.verify = settings["proxies"], settings["verify"]
         self._session.trust_env = False
         retry = urllib3.Retry(
             RETRIES,
@@ -160,12 +158,11 @@ class DatavillageApi:
         # By itself requests takes text/* for ISO-8859-1. Turtle is UTF-8 (W3C, RDF 1.1 Turtle).
         return self._call("GET", f"{self._users_url}/{as_segment(user_id)}/data").decode("utf-8")
 
-    def store(
-        self, user_id: str, turtle: str, kind: Literal["inferences", "explains"] = "inferences"
-    ) -> None:
-        """Store a user's result, as Turtle, in place of an earlier one of that kind."""
+    def store(self, user_id: str, turtle: str, kind: str = "inferences") -> None:
+        """Store Turtle as a user's `inferences` or `explains`, in place of earlier ones."""
         if not isinstance(turtle, str):
-            raise ProcessingError(f"the result is {type(turtle).__name__}, not str")
+            found = type(turtle).__name__
+            raise ProcessingError(f"the result is {found}, not str: no return? or is it async?")
         url = f"{self._users_url}/{as_segment(user_id)}/{kind}"
         headers = {"Content-Type": "text/turtle"}
         self._call("PUT", url, data=turtle.encode("utf-8"), headers=headers)
@@ -187,7 +184,7 @@ class DatavillageApi:
 def as_segment(text: str) -> str:
     """Return the text percent-encoded as one path segment (RFC 3986, 3.3).
 
-    Raises ProcessingError for `.` and `..`, which lead to another resource however encoded.
+    Raises ProcessingError for what leads to another resource however encoded.
     """
     if text in ("", ".", ".."):
         raise ProcessingError(f"{text!r} cannot be part of a URL")
