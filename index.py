@@ -54,8 +54,8 @@ DEAD_LETTER_LENGTH = 1_000  # entries, about: the bound that the platform sets f
 MAX_DELIVERIES = 3  # enough to outlast a passing fault, few enough to get past an event that kills
 CLAIM_SECONDS = 60  # silence after which a worker has lost its event
 RENEW_SECONDS = 20  # a third of the claim: two renewals may fail
-WAIT_SECONDS = 10  # one blocking read; between two, abandoned events are looked for
-SOCKET_TIMEOUT_SECONDS = 15  # more than WAIT_SECONDS, or each quiet wait would end as an error
+WAIT_SECONDS = 5  # one blocking read; between two, abandoned events are looked for
+SOCKET_TIMEOUT_SECONDS = 8  # more than WAIT_SECONDS, or each quiet wait would end as an error
 RETRIES = 18  # of one command: with the pauses between them, a good minute, time for a restart
 BACKOFF_SECONDS = 5  # the longest of these pauses: Redis is found soon after it is back
 

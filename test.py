@@ -220,7 +220,7 @@ def test_a_waiting_worker_finds_an_event_as_it_is_abandoned(real_cage, monkeypat
 
 
 def test_a_claim_is_renewed_while_the_work_goes_on(cage, monkeypatch):
-    assert (index.RENEW_SECONDS, index.CLAIM_SECONDS, index.WAIT_SECONDS) == (20, 60, 10)
+    assert (index.RENEW_SECONDS, index.CLAIM_SECONDS, index.WAIT_SECONDS) == (20, 60, 5)
     monkeypatch.setattr(index, "CLAIM_SECONDS", 0.5)
     monkeypatch.setattr(index, "RENEW_SECONDS", 0.1)
     slow, finish = cage.publish(), threading.Event()
@@ -595,7 +595,7 @@ def test_a_signal_ends_a_waiting_run_at_once_and_quietly(real_cage, signal_numbe
     run = real_cage.start()
     until(real_cage.is_waited_on)
     run.send_signal(signal_number)
-    assert run.wait(5) == 143  # it waits in steps of 10 s
+    assert run.wait(3) == 143  # it waits in steps of 5 s
     assert len(run.lines) == 1
 
 
@@ -660,7 +660,7 @@ def test_redis_emptied_while_a_run_waits_costs_no_later_event_which_is_taken_as_
     real_cage.queue.flushall()
     until(lambda: real_cage.queue.exists("events"))
     real_cage.publish()
-    assert run.result(5) == 0  # it waits in steps of 10 s
+    assert run.result(3) == 0  # it waits in steps of 5 s
 
 
 def test_redis_that_refuses_or_stays_away_ends_the_run_in_words(real_cage, caplog, monkeypatch):
@@ -1254,6 +1254,7 @@ class Formatter(logging.Formatter):
         text = super().formatException(error)
         return f"{text}\\n{error[1]}" if isinstance(error[1], SyntaxError) else text
 
+sys.stdout.reconfigure(errors="backslashreplace")
 logging.basicConfig(stream=sys.stdout)
 logging.getLogger().handlers[0].setFormatter(Formatter(index.LOG_FORMAT))
 logging.captureWarnings(True)
