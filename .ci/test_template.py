@@ -725,8 +725,10 @@ def test_a_forked_child_of_the_algorithm_can_be_ended_after_a_stop(cage):
         time.sleep(0.1)
         child = os.fork()
         if not child:
-            time.sleep(9)
-            os._exit(1)
+            try:
+                time.sleep(9)
+            finally:
+                os._exit(1)
         time.sleep(0.1)
         os.kill(child, signal.SIGTERM)
         ended.append(os.waitpid(child, 0)[1])
