@@ -77,8 +77,12 @@ RETRIES = 18  # of one command: with the pauses between them, a good minute, tim
 BACKOFF_SECONDS = 5  # the longest of these pauses: Redis is found soon after it is back
 # What is retried: a Redis that is away, or that was the primary until a failover. By default
 # socket.timeout is an outage too, and redis-py then retries each of its retries.
-OUTAGES = (redis.ConnectionError, redis.TimeoutError)
-OUTAGES += (redis.ReadOnlyError, redis.exceptions.MasterDownError)
+OUTAGES = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

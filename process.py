@@ -38,8 +38,14 @@ RETRY_AFTER_SECONDS = 60  # the longest pause that the API may ask for: the run 
 RETRY_STATUSES = (429, 500, 502, 503, 504)  # overload and passing faults
 WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html)[\s>]", re.IGNORECASE)  # as of a sign-in
 # What a call of the API raises that brings no answer, a part of one, or one of an absurd length.
-FAULTS = (OSError, ValueError, HTTPException, urllib3.exceptions.HTTPError)
-FAULTS += (MemoryError, OverflowError)
+FAULTS = (
+    OSError,
+    ValueError,
+    MemoryError,
+    OverflowError,
+    HTTPException,
+    urllib3.exceptions.HTTPError,
+)
 
 logger = logging.getLogger(__name__)
 
