@@ -20,14 +20,12 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+import traceback
+from typing import Any, NamedTuple, TextIO
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
-
-# Not used before `main` runs: a module that process.py imports may import this one.
-import process
 
 API_VARIABLES = ("DV_URL", "DV_TOKEN", "DV_APP_ID", "DV_CLIENT_ID")
 REDIS_VARIABLES = ("REDIS_SERVICE_HOST", "REDIS_SERVICE_PORT")
@@ -38,15 +36,33 @@ DEAD_LETTER_STREAM = "events:dead-letter"
 DEAD_LETTER_LENGTH = 10_000  # entries, approximately; a few megabytes
 MAX_DELIVERIES = 3  # enough for a temporary error; a bad event does not block the queue
 CLAIM_SECONDS = 60  # without a renewal, after which another run takes the event over
-RENEW_SECONDS = 15  # between renewals; a claim survives three that fail
+RENEW_SECONDS = 5  # between renewals; the claim then outlives an outage of Redis of 50 s
 WAIT_SECONDS = 5  # for a new event, before looking for abandoned ones again
 SOCKET_TIMEOUT_SECONDS = 8  # must exceed WAIT_SECONDS, or an idle wait looks like an outage
 RETRIES, RETRY_PAUSE_SECONDS = 18, 5  # of a Redis command: a minute, enough for a restart
-# These are retried. The last one is the answer of a Redis that was the primary until a failover.
-OUTAGES = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
+OUTAGES = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)  # the last: failover
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 LOG_LEVEL = getattr(logging, os.environ.get("LOGLEVEL", "").upper(), logging.INFO)
+
+
+def open_log() -> TextIO:
+    """Return the log; drop all else that goes to standard output or error: it may quote data."""
+    log = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="backslashreplace")
+    os.dup2(os.dup2(nowhere.fileno(), 1), 2)
+    sys.stdout = sys.stderr = nowhere  # takes any character: a `print` does not fail in the cage
+    sys.excepthook = functools.partial(traceback.print_exception, file=log)  # no data is there yet
+    return log
+
+
+if __name__ == "__main__":
+    log = open_log()  # before process.py starts a child process
+
+try:  # not used before `main` runs: a module that process.py imports may import this one
+    import process
+except SystemExit as error:
+    raise ImportError("process.py called exit()") from error
 
 logger = logging.getLogger("index")
 stop_asked = threading.Event()
@@ -77,9 +93,8 @@ def main() -> int:
         pass  # raised by `stop`
     except (process.ProcessingError, ValueError) as error:
         logger.error("not started: %s", error)
-    except redis.RedisError as error:
-        reason, *_ = str(error).split(", with args")  # which may quote the event
-        logger.error("Redis: %s: %s", type(error).__name__, reason)
+    except redis.RedisError as error:  # its text may quote the event, after "with args"
+        logger.error("Redis: %s: %s", type(error).__name__, str(error).split(", with args")[0])
     return 143 if stop_asked.is_set() else status
 
 
@@ -110,11 +125,10 @@ def create_group(queue: redis.Redis) -> None:
 
 
 def take_abandoned(queue: redis.Redis) -> Message | None:
-    """Claim the oldest event whose claim has expired, if there is one."""
+    """Claim the oldest event whose claim has expired; of several runs, XCLAIM lets one have it."""
     idle = int(CLAIM_SECONDS * 1000)
     while pending := queue.xpending_range(STREAM, GROUP, "-", "+", 1, idle=idle):
         message_id = pending[0]["message_id"]
-        # XCLAIM checks the idle time again, so only one of several runs gets the event.
         claimed = dict(queue.xclaim(STREAM, GROUP, CONSUMER, idle, [message_id]))
         if fields := claimed.get(message_id):
             return Message(message_id.decode(), fields, pending[0]["times_delivered"] + 1)
@@ -190,13 +204,14 @@ def run_algorithm(queue: redis.Redis, message_id: str, event: dict[str, Any]) ->
     algorithm = threading.Thread(target=run, daemon=True)
     algorithm.start()
     renewed = time.monotonic()
-    while algorithm.is_alive():
+    while (
+        algorithm.is_alive() and not stop_asked.is_set()
+    ):  # a finalizer may swallow `stop`'s raise
         algorithm.join(timeout=0.2)  # in steps, because a signal may go to another thread
         if time.monotonic() - renewed >= RENEW_SECONDS:
             renewed = time.monotonic()
             try:
-                # Without JUSTID, a renewal would count as a delivery.
-                queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message_id], justid=True)
+                queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message_id], justid=True)  # no delivery
             except redis.RedisError as error:
                 logger.warning("message %s: claim not renewed: %s", message_id, error)
     if not succeeded:
@@ -251,18 +266,8 @@ class OutageBackoff(ExponentialBackoff):
         return super().compute(failures)
 
 
-def start_logging() -> None:
-    """Log to standard output, and keep users' data out of the log.
-
-    Libraries, exceptions and `print` may quote it. So only this project's loggers are heard, an
-    exception is logged as `process.describe` returns it, and all else that is written to standard
-    output or error is dropped, also by child processes.
-    """
-    log = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="backslashreplace")
-    for descriptor in (1, 2):
-        os.dup2(nowhere.fileno(), descriptor)
-    sys.stdout = sys.stderr = nowhere  # takes any character: a `print` does not fail in the cage
+def start_logging(log: TextIO) -> None:
+    """Log this project's records; of an exception, only what `process.describe` returns."""
     handler = logging.StreamHandler(log)
     handler.addFilter(keep_data_out)
     logging.basicConfig(format=LOG_FORMAT, handlers=[handler], level=LOG_LEVEL, force=True)
@@ -277,23 +282,19 @@ def keep_data_out(record: logging.LogRecord) -> bool:
 
 
 def spare_children() -> None:
-    """Keep `stop` out of the children that the algorithm forks: a pool ends them with SIGTERM.
-
-    A signal that arrives before the child has its own handlers waits until then.
-    """
+    """Keep `stop` out of the children that the algorithm forks: a pool ends them with SIGTERM."""
     hold = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
     release = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
         os.register_at_fork(after_in_child=functools.partial(signal.signal, number, signal.SIG_DFL))
+    # A signal that comes before the child has its own handler would be lost.
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release)
 
 
 if __name__ == "__main__":
-    start_logging()
+    start_logging(log)
     spare_children()
     status = main()
-    if status == 143:
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(status)  # without waiting for the algorithm; the event comes again
-    sys.exit(status)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)  # without waiting for what the algorithm has left

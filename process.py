@@ -57,7 +57,7 @@ def process_event(event: dict[str, Any]) -> None:
 
 WORKERS = 16  # users in parallel, each with its own connection
 PROGRESS_SECONDS = 30  # between progress lines in the log
-TIMEOUT_SECONDS = (5, 60)  # to connect; between two parts of a response
+TIMEOUT_SECONDS = (5, 60)  # to connect or send a block; between two parts of a response
 PAUSES_SECONDS = (0, 1, 2, 4, 8)  # between six tries; survives an outage of 15 s
 LONGEST_PAUSE_SECONDS = 60  # upper limit for Retry-After
 
@@ -128,7 +128,7 @@ def describe(error: BaseException) -> str:
     the message may quote user data.
     """
     if isinstance(error, ProcessingError):
-        with contextlib.suppress(Exception):  # from an author's own `__str__`
+        with contextlib.suppress(BaseException):  # from an author's own `__str__`
             if message := " ".join(str(error).split()):
                 return message
     places = [
@@ -185,7 +185,7 @@ class DatavillageApi:
         if not isinstance(turtle, str):
             raise ProcessingError(f"the result is {type(turtle).__name__}, not str")
         url = f"{self._users_url}/{as_segment(user_id)}/{kind}"
-        self._call("PUT", url, turtle.encode("utf-8"))
+        self._call("PUT", url, turtle.removeprefix("\ufeff").encode("utf-8"))
 
     def _call(self, method: str, url: str, turtle: bytes = b"") -> bytes:
         """Return the body of the response to a GET; retry after a temporary error."""

@@ -6,6 +6,7 @@ TALKATIVE = """
 import ctypes, multiprocessing, subprocess, sys, threading, warnings
 warnings.simplefilter("always")
 logging.getLogger("library").addHandler(logging.StreamHandler(sys.stdout))
+early_child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 ages = logging.getLogger("process.ages")
 
 def raise_all(data): raise KeyError(data) from ValueError(data)
@@ -16,6 +17,7 @@ def process_event(event):
     os.write(2, data.encode())
     ctypes.CDLL(None).puts(data.encode())
     ctypes.CDLL(None).fflush(None)
+    early_child.communicate(data.encode())
     subprocess.run(f"echo {data}; echo {data} >&2", shell=True)
     for method in ("fork", "spawn", "forkserver"):
         with multiprocessing.get_context(method).Pool(1) as pool:
@@ -79,12 +81,11 @@ def test_every_failure_is_one_line_and_loglevel_sets_the_level(cage):
         assert run.end() == 1
         assert re.fullmatch(r".* ERROR not started: GET .*/activeUsers: \w+\n", run.log)
         assert "secret" not in run.log
-    cage.edit("open('model.nowhere')")
-    run = cage.start()
-    assert run.end() == 1
-    assert run.log.endswith(
-        "\nFileNotFoundError: [Errno 2] No such file or directory: 'model.nowhere'\n"
-    )
+    for code, reason in (("open('nowhere')", "directory: 'nowhere'"), ("exit()", "called exit()")):
+        cage.edit(code)
+        run = cage.start()
+        assert run.end() == 1
+        assert run.log.startswith("Traceback") and run.log.endswith(f"{reason}\n")
     cage.edit("class DatavillageApi:\n    def __init__(self):\n        raise TypeError('secret')")
     run = cage.start()
     assert run.end() == 1

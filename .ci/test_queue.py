@@ -72,7 +72,7 @@ def test_a_run_waits_without_cost_and_finds_an_event_as_it_is_abandoned(cage):
 
 # 2: acknowledged when the work is done, claimed until then
 def test_a_claim_is_renewed_while_a_run_works(cage):
-    assert (index.CLAIM_SECONDS, index.RENEW_SECONDS, index.MAX_DELIVERIES) == (60, 15, 3)
+    assert (index.CLAIM_SECONDS, index.RENEW_SECONDS, index.MAX_DELIVERIES) == (60, 5, 3)
     cage.set(CLAIM_SECONDS=0.8, RENEW_SECONDS=0.1)
 
     def work(event: dict) -> None:
@@ -148,6 +148,7 @@ def test_pending_events_that_were_trimmed_are_skipped_and_those_that_killed_set_
     assert cage.pending() == {}
 
 
+EXITING = type("Exiting", (process.ProcessingError,), {"__str__": lambda error: exit()})
 UNREADABLE = type("Unreadable", (process.ProcessingError,), {"__str__": None})
 NEVER_RAN = "returned {}, so it never ran: remove async or yield"
 TWICE_FOUR = "ZeroDivisionError at (<string>:1 work, ){4}…(, <string>:1 work){4}"
@@ -158,6 +159,7 @@ FAILURES = {
     "def work(*_): raise process.ProcessingError('of \\ud800')": "of (\ud800|\\\\ud800)",
     "work = int": r"(Type|Value)Error at (index|process)\.py:\d+ (run|work_in_turn)",
     "def work(*_): raise UNREADABLE": r"Unreadable at <string>:1 work",
+    "def work(*_): raise EXITING": r"Exiting at <string>:1 work",
     "def work(*_): raise ValueError('secret')": r"ValueError at <string>:1 work",
     "def work(*_): raise KeyboardInterrupt('secret')": r"KeyboardInterrupt at <string>:1 work",
     "def work(*_): return 1 / 0 if len(_) > 30 else work(*_, 1)": TWICE_FOUR,

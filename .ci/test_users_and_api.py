@@ -240,7 +240,7 @@ def test_turtle_is_utf_8_in_both_directions_without_a_byte_order_mark(cage):
     zipped = cage.response(200, gzip.compress("# Zoë 佐".encode()), Content_Encoding="gzip")
     cage.api.answers[ANN] = [marked, zipped]
     for _ in range(2):
-        client.store("ann", client.user_data("ann"))
+        client.store("ann", "\ufeff" + client.user_data("ann"))
         assert cage.stored.popitem() == (("ann", "inferences"), "# Zoë 佐")
     assert cage.api.headers[-1]["Content-Type"] == "text/turtle"
     client.store("ann", "")
