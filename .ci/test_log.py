@@ -3,7 +3,7 @@
 import re
 
 TALKATIVE = """
-import ctypes, multiprocessing, subprocess, sys, threading, warnings
+import concurrent.futures, ctypes, multiprocessing, subprocess, sys, threading, warnings
 warnings.simplefilter("always")
 logging.getLogger("library").addHandler(logging.StreamHandler(sys.stdout))
 early_child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
@@ -18,6 +18,7 @@ def process_event(event):
     ctypes.CDLL(None).puts(data.encode())
     ctypes.CDLL(None).fflush(None)
     early_child.communicate(data.encode())
+    concurrent.futures.ProcessPoolExecutor(1).submit(time.sleep, 60)  # the run ends all the same
     subprocess.run(f"echo {data}; echo {data} >&2", shell=True)
     for method in ("fork", "spawn", "forkserver"):
         with multiprocessing.get_context(method).Pool(1) as pool:
