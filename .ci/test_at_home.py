@@ -138,19 +138,14 @@ def compute(user_id, data): raise ValueError
 def process_event(event): own_helper.note(event["own"])
 """)
     file = cage.folder / "process.py"  # it imports a helper that imports it, and the entry
-    file.write_text(
-        file.read_text("utf-8").replace("import req", "import own_helper, req", 1), "utf-8"
-    )
+    text = file.read_text("utf-8").replace("import req", "import own_helper, req", 1)
+    file.write_text(text, "utf-8")
     helper = "import index, process\ndef note(text): index.connect().set('noted', text)\n"
     own_tests = ["test_a.py", "a/test_a.py", "b/test_a.py", "a/unit/test_a.py", "package/test_b.py"]
     own_test = "from test import stand_in_cage\ndef test_own():\n    with stand_in_cage({}): pass\n"
     files = dict.fromkeys(own_tests, own_test)
-    files |= {
-        "own_helper.py": helper,
-        "package/__init__.py": "",
-        "package/test.py": "raise SystemExit",
-    }
-    files |= {"env/pyvenv.cfg": "", "env/lib/own/test_c.py": "raise SystemExit"}
+    files |= {"own_helper.py": helper, "package/__init__.py": "", "env/pyvenv.cfg": ""}
+    files |= dict.fromkeys(("package/test.py", "env/lib/own/test_c.py"), "raise SystemExit")
     for name, text in files.items():
         (cage.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (cage.folder / name).write_text(text, encoding="utf-8")

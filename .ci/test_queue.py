@@ -18,7 +18,6 @@ import process
 
 
 def fail(event: dict) -> None:
-    """Fail as an algorithm does."""
     raise process.ProcessingError("no age given")
 
 
@@ -31,7 +30,6 @@ def be_stopped(*more_signals: int) -> None:
 
 
 def errors(cage) -> list[str]:
-    """Return the error messages in the log."""
     return re.findall("(?m)^ERROR index (.*)", cage.log)
 
 
@@ -231,9 +229,7 @@ def compute(user_id, data):
 
 
 # 5: outages
-@pytest.mark.parametrize(
-    "doing", ["starting", "waiting", "working", "acking", "failing", "stopped"]
-)
+@pytest.mark.parametrize("doing", ["starting", "waiting", "working", "done", "failing", "stopped"])
 @pytest.mark.parametrize("kind", ["restart", "hang", "failover"])
 def test_an_outage_is_survived_with_one_warning(cage, kind, doing):
     def outage() -> None:
@@ -258,11 +254,9 @@ def test_an_outage_is_survived_with_one_warning(cage, kind, doing):
         pytest.skip("it ends the run")
     redis_process, fail_over = cage.server.process, cage.queue.replicaof
     begin = {"hang": lambda: redis_process.send_signal(SIGSTOP), "restart": cage.server.kill}
+    begin["failover"] = lambda: fail_over("127.0.0.1", 9)
     end = {"hang": lambda: redis_process.send_signal(SIGCONT), "restart": cage.server.start}
-    begin["failover"], end["failover"] = (
-        lambda: fail_over("127.0.0.1", 9),
-        lambda: fail_over("no", "one"),
-    )
+    end["failover"] = lambda: fail_over("no", "one")
     cage.set(WAIT_SECONDS=0.2, SOCKET_TIMEOUT_SECONDS=0.5, CLAIM_SECONDS=1)
     cage.set(RENEW_SECONDS=0.05 if doing == "working" else 60)
     thread, began = threading.Thread(target=outage), threading.Event()
@@ -366,15 +360,11 @@ def test_what_would_fail_every_event_costs_none_but_403_for_the_users_does_not_s
         assert not_started(cage) == f"GET {url} answered {status}"
     cage.api.answers["GET activeUsers"] = [cage.response(200, b"<html>", Content_Type="text/html")]
     assert not_started(cage) == f"GET {url} answered 200 with a web page"
-    unusable = {
-        "REDIS_SERVICE_PORT": ("tcp:", "'tcp:'"),
-        "DV_APP_ID": ("..", "'..' cannot be part"),
-    }
-    unusable["DV_URL"] = ("http://127.0.0.1:9", "ConnectionError")  # where nobody listens
-    for name, (value, reason) in unusable.items():
+    unusable = {"REDIS_SERVICE_PORT": "tcp:", "DV_APP_ID": "..", "DV_URL": "http://127.0.0.1:9"}
+    for name, value in unusable.items():
         with cage.patch.context() as patch:
             patch.setenv(name, value)
-            assert reason in not_started(cage)
+            assert value in not_started(cage)
     cage.api.answers["GET activeUsers"] = [cage.response(403)]
     assert cage.main() == 0
 

@@ -117,7 +117,6 @@ INCOMPLETE = (
 
 
 def calls() -> dict:
-    """Return the calls to the API by the requests that they make."""
     client = process.DatavillageApi()
     return {
         "GET activeUsers": client.active_users,
