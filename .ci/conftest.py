@@ -33,7 +33,6 @@ class ErringApiHandler(StandInApiHandler):
     """Checks the token, and answers as the test says, with raw bytes."""
 
     def do_GET(self) -> None:
-        """Record the request; answer with the next of the answers to it, or as usual."""
         api, line = self.server, f"{self.command} {unquote(self.path.partition('/app-1/')[2])}"
         api.requests.append(line)
         api.headers.append(self.headers)
@@ -57,7 +56,6 @@ class ErringApiHandler(StandInApiHandler):
 
 
 def response(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """Return an HTTP response as it is sent."""
     head = f"HTTP/1.1 {status} -\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     return f"{head}{lines}\r\n".encode("latin-1") + body
@@ -91,7 +89,6 @@ class RealRedis:
             client.ping()
 
     def kill(self) -> None:
-        """End it at once, as a machine that fails does."""
         self.process.kill()
         self.process.wait()
 
@@ -101,7 +98,6 @@ class Run(subprocess.Popen):
 
     @property
     def log(self) -> str:
-        """What the process has written so far."""
         return Path(self.log_file).read_text(encoding="utf-8")
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -130,7 +126,6 @@ class RealCage(StandInCage):
 
     @property
     def log(self) -> str:
-        """What `main` has logged, also to be seen by other threads."""
         return self.caplog.text
 
     def edit(self, text: str) -> None:
@@ -153,12 +148,10 @@ class RealCage(StandInCage):
         return index.main()
 
     def set(self, **constants: float) -> None:
-        """Set constants of index.py."""
         for name, value in constants.items():
             self.patch.setattr(index, name, value)
 
     def is_waited_on(self) -> bool:
-        """Return whether a run waits for an event."""
         return any(client["cmd"] == "xreadgroup" for client in self.queue.client_list())
 
     def deliver(self, *message_ids: str, deliveries: int = 1, idle_seconds: int = 60) -> None:
@@ -178,7 +171,6 @@ def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRedis]:
-    """The redis-server of all tests."""
     yield (server := RealRedis(tmp_path_factory.mktemp("redis")))
     server.kill()
 
