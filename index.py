@@ -204,10 +204,9 @@ def run_algorithm(queue: redis.Redis, message_id: str, event: dict[str, Any]) ->
     algorithm = threading.Thread(target=run, daemon=True)
     algorithm.start()
     renewed = time.monotonic()
-    while (
-        algorithm.is_alive() and not stop_asked.is_set()
-    ):  # a finalizer may swallow `stop`'s raise
-        algorithm.join(timeout=0.2)  # in steps, because a signal may go to another thread
+    # In steps, because another thread may get the signal, or a finalizer swallow the interrupt.
+    while algorithm.is_alive() and not stop_asked.is_set():
+        algorithm.join(timeout=0.2)
         if time.monotonic() - renewed >= RENEW_SECONDS:
             renewed = time.monotonic()
             try:

@@ -190,13 +190,13 @@ class DatavillageApi:
     def _call(self, method: str, url: str, turtle: bytes = b"") -> bytes:
         """Return the body of the response to a GET; retry after a temporary error."""
         headers = self._headers | ({"Content-Type": "text/turtle"} if method == "PUT" else {})
+        options = {"timeout": TIMEOUT_SECONDS, **self._options}
         for pause in (*PAUSES_SECONDS, None):
             asked_pause = 0
             # As a file, because a bytes body must be sent within the connect timeout.
             body = io.BytesIO(turtle) if turtle else b""
             try:
                 request = requests.Request(method, url, headers, data=body).prepare()
-                options = {"timeout": TIMEOUT_SECONDS, **self._options}
                 # Leaving the block unread closes the connection. Kept after an interim response
                 # (103), it would bring the real response as the answer to the next call.
                 with self._adapter.send(request, **options) as response:

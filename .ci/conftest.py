@@ -26,7 +26,7 @@ from test import StandInApi, StandInApiHandler, StandInCage, stand_in_cage
 PROJECT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 50  # until a test gives up waiting; far more than anything here takes
 LATER = b"-later-"  # in an answer: the rest comes a moment later
-PATIENT = Retry(ConstantBackoff(0.02), 2_500)
+PATIENT = Retry(ConstantBackoff(0.02), int(PATIENCE_SECONDS / 0.02))
 
 
 class ErringApiHandler(StandInApiHandler):
