@@ -4,68 +4,64 @@ Delivery is at least once: an event is acknowledged only when process.py has fin
 this run holds a claim on it. If the run fails or dies, a later run gets the event. A malformed
 event, or one that failed MAX_DELIVERIES times, becomes a dead letter.
 
-Exit status:
-    0    the event was processed
-    1    the event failed, or the run could not start; the log says why
-    143  stopped by SIGTERM or Ctrl-C; the next run gets the event
+process.py runs in a child process, so that nothing in it can lose a claim or hold up a stop.
+
+Exit status: 0, the event was processed; 1, it failed, or none was taken, and the log says why;
+143, stopped by SIGTERM or Ctrl-C: the next run gets the event.
 """
 
-import functools
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until Algorithm forks: it would take a tenth of the start
+
+import _thread
+import contextlib
 import json
 import logging
-import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import redis
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import ClusterDownError
 from redis.retry import Retry
 
 API_VARIABLES = ("DV_URL", "DV_TOKEN", "DV_APP_ID", "DV_CLIENT_ID")
 REDIS_VARIABLES = ("REDIS_SERVICE_HOST", "REDIS_SERVICE_PORT")
 STREAM = "events"
-GROUP = "consummers"  # spelled so by the platform
+GROUP = "consummers"  # the platform's spelling
 CONSUMER = socket.gethostname()  # shows in XPENDING where an event is; runs may share it
 DEAD_LETTER_STREAM = "events:dead-letter"
 DEAD_LETTER_LENGTH = 10_000  # entries, approximately; a few megabytes
 MAX_DELIVERIES = 3  # enough for a temporary error; a bad event does not block the queue
-CLAIM_SECONDS = 60  # without a renewal, after which another run takes the event over
-RENEW_SECONDS = 5  # between renewals; the claim then outlives an outage of Redis of 50 s
+CLAIM_SECONDS = 75  # until a claim that is not renewed expires: a minute's outage, 3 renewals
+RENEW_SECONDS = 5  # between renewals, and between checks that the child process is alive
 WAIT_SECONDS = 5  # for a new event, before looking for abandoned ones again
 SOCKET_TIMEOUT_SECONDS = 8  # must exceed WAIT_SECONDS, or an idle wait looks like an outage
-RETRIES, RETRY_PAUSE_SECONDS = 18, 5  # of a Redis command: a minute, enough for a restart
-OUTAGES = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)  # the last: failover
+RETRIES = 18  # of a Redis command: with these pauses 71 s, enough for a restart
+RETRY_PAUSE_SECONDS = 5  # at most
+# Temporary errors: an outage, a failover, and a cluster's CLUSTERDOWN or MASTERDOWN.
+OUTAGES = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, ClusterDownError)
+OUTAGE_REPLIES = ("NOREPLICAS ", "MISCONF ", "BUSY ")  # temporary; redis-py has no class
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OWN_END_SECONDS = 0.5  # for the algorithm's process to end by itself
+CLEAN_UP_SECONDS = 1.2  # after SIGTERM, for what it has started, before SIGKILL
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 LOG_LEVEL = getattr(logging, os.environ.get("LOGLEVEL", "").upper(), logging.INFO)
 
-
-def open_log() -> TextIO:
-    """Return the log; drop all else that goes to standard output or error: it may quote data."""
-    log = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="backslashreplace")
-    os.dup2(os.dup2(nowhere.fileno(), 1), 2)
-    sys.stdout = sys.stderr = nowhere  # takes any character: a `print` does not fail in the cage
-    sys.excepthook = functools.partial(traceback.print_exception, file=log)  # no data is there yet
-    return log
-
-
-if __name__ == "__main__":
-    log = open_log()  # before process.py starts a child process
-
-try:  # not used before `main` runs: a module that process.py imports may import this one
-    import process
-except SystemExit as error:
-    raise ImportError("process.py called exit()") from error
-
 logger = logging.getLogger("index")
-stop_asked = threading.Event()
+home_logger = logging.getLogger("home")  # heard only at home: tracebacks may quote user data
+stop_asked = False  # by a signal
+is_ending = False  # what is left is short and must be done as a whole: no signal interrupts it
 
 
 class Message(NamedTuple):
@@ -76,56 +72,92 @@ class Message(NamedTuple):
     deliveries: int  # including this one
 
 
+class Outcome(NamedTuple):
+    """How the algorithm's work ended; if it failed, with a reason."""
+
+    reason: str = ""
+    is_final: bool = False  # a retry would fail again
+
+
 def main() -> int:
     """Process one event; return the exit status."""
-    stop_asked.clear()
-    status = 1
+    global stop_asked, is_ending
+    stop_asked = is_ending = False  # tests call this more than once
+    names = (*API_VARIABLES, *REDIS_VARIABLES)
+    if missing := [name for name in names if not os.environ.get(name)]:
+        logger.error("not started: missing variables: %s", ", ".join(missing))
+        return 1
+    if not (port := os.environ["REDIS_SERVICE_PORT"]).isdecimal():
+        logger.error("not started: REDIS_SERVICE_PORT is %r, not a number", port)
+        return 1
     try:
         for signal_number in STOP_SIGNALS:
             signal.signal(signal_number, stop)
-        names = (*API_VARIABLES, *REDIS_VARIABLES)
-        if missing := [name for name in names if not os.environ.get(name)]:
-            raise process.ProcessingError(f"missing variables: {', '.join(missing)}")
-        process.DatavillageApi().check()
-        with connect() as queue:
-            status = handle(queue, take(queue))
-    except KeyboardInterrupt:
-        pass  # raised by `stop`
-    except (process.ProcessingError, ValueError) as error:
-        logger.error("not started: %s", error)
+        # The client connects at its first command, so when Algorithm forks there is no connection.
+        with connect() as queue, contextlib.closing(Algorithm()) as algorithm:
+            return run(queue, algorithm)
+    except KeyboardInterrupt:  # raised by `stop`
+        return 143
     except redis.RedisError as error:  # its text may quote the event, after "with args"
         logger.error("Redis: %s: %s", type(error).__name__, str(error).split(", with args")[0])
-    return 143 if stop_asked.is_set() else status
+    except Exception as error:  # a bug, or too little memory; its text may quote the event
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        logger.critical("%s at %s:%d", type(error).__name__, place.filename, place.lineno)
+    return 143 if stop_asked else 1
 
 
 def stop(signal_number: int, frame: object) -> None:
-    """Interrupt the main thread. Later signals are ignored, because the run is about to end."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    stop_asked.set()
-    raise KeyboardInterrupt
+    """Raise KeyboardInterrupt at the first signal, unless the run is about to end."""
+    global stop_asked, is_ending
+    stop_asked = True
+    if not is_ending:
+        is_ending = True
+        raise KeyboardInterrupt
 
 
-def take(queue: redis.Redis) -> Message:
-    """Wait for a message, as long as it takes; abandoned ones come before new ones."""
+def run(queue: redis.Redis, algorithm: "Algorithm") -> int:
+    """Take an event when the algorithm is ready, and handle it; return the exit status."""
+    ready = algorithm.answer()
+    if ready.reason:
+        logger.error("not started: %s", ready.reason)
+    elif not ready.is_final:  # otherwise, the log has the traceback of the import
+        if message := take(queue, algorithm):
+            return handle(queue, message, algorithm)
+        logger.error("no event taken: %s", algorithm.answer().reason)
+    return 1
+
+
+def take(queue: redis.Redis, algorithm: "Algorithm") -> Message | None:
+    """Wait for a message, as long as it takes; abandoned ones come before new ones.
+
+    Returns None if the algorithm's process dies meanwhile.
+    """
     logger.info("waiting for an event at %s:%s", *map(os.environ.get, REDIS_VARIABLES))
     create_group(queue)
-    while True:
+    while algorithm.is_alive():
         if message := take_abandoned(queue) or take_new(queue):
-            return message
+            if algorithm.is_alive():
+                return message
+            leave(queue, message, algorithm.answer(), counts=False)
+    return None
 
 
 def create_group(queue: redis.Redis) -> None:
     """Create the consumer group if it does not exist, with all events published before."""
     try:
         queue.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+    except redis.OutOfMemoryError:
+        pass  # refused even if the group exists; if it does not, the next command says so
     except redis.ResponseError as error:
-        if not str(error).startswith("BUSYGROUP"):  # another error than that it exists
+        if not str(error).startswith("BUSYGROUP"):  # it exists
             raise
 
 
 def take_abandoned(queue: redis.Redis) -> Message | None:
-    """Claim the oldest event whose claim has expired; of several runs, XCLAIM lets one have it."""
+    """Claim the oldest event whose claim has expired; of several runs, XCLAIM lets one have it.
+
+    Acknowledges entries that are no longer in the stream. Returns None if there is nothing to take.
+    """
     idle = int(CLAIM_SECONDS * 1000)
     while pending := queue.xpending_range(STREAM, GROUP, "-", "+", 1, idle=idle):
         message_id = pending[0]["message_id"]
@@ -148,33 +180,61 @@ def take_new(queue: redis.Redis) -> Message | None:
     return Message(message_id.decode(), fields, deliveries=1)
 
 
-def handle(queue: redis.Redis, message: Message) -> int:
-    """Process a message, then acknowledge, leave or set it aside; return the exit status."""
-    try:
-        if message.deliveries > MAX_DELIVERIES:  # all of its runs died
-            raise ValueError(f"delivered {MAX_DELIVERIES} times, never acknowledged")
-        event = parse(message.fields)
-    except ValueError as error:
-        set_aside(queue, message, str(error))
-        return 1
-    logger.info("message %s: delivery %d of %d", message.id, message.deliveries, MAX_DELIVERIES)
+def handle(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> int:
+    """Process a message, then acknowledge, leave or set it aside; return the exit status.
+
+    At a stop, gives the message back to the queue and lets KeyboardInterrupt pass.
+    """
+    global is_ending
     started = time.monotonic()
     try:
-        run_algorithm(queue, message.id, event)
-        queue.xack(STREAM, GROUP, message.id)
-    except (process.ProcessingError, KeyboardInterrupt) as error:
-        if stop_asked.is_set():
-            logger.warning("message %s: stopped", message.id)
-        leave(queue, message, str(error) or "stopped")
+        outcome = work_on(queue, message, algorithm)
+        is_ending = True  # from here on, a stop is only noted
+    except KeyboardInterrupt:
+        algorithm.close(at_once=True)
+        queue.connection_pool.disconnect()  # the stop may have come between a command and its reply
+        leave(queue, message, Outcome("stopped"), counts=False)
+        logger.warning("message %s: stopped", message.id)
+        raise
+    if outcome.reason:
+        leave(queue, message, outcome)
         return 1
+    queue.xack(STREAM, GROUP, message.id)
     logger.info("message %s: processed in %.1f s", message.id, time.monotonic() - started)
     return 0
+
+
+def work_on(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> Outcome:
+    """Have the algorithm process a message, and renew the claim on it meanwhile.
+
+    A malformed message, or one that was delivered too often, is not handed over.
+    """
+    if message.deliveries > MAX_DELIVERIES:  # all of its runs died
+        return Outcome(f"delivered {MAX_DELIVERIES} times, never acknowledged", is_final=True)
+    try:
+        event = parse(message.fields)
+    except ValueError as error:
+        return Outcome(str(error), is_final=True)
+    delivery = f"{log_prefix_of(event)}delivery {message.deliveries} of {MAX_DELIVERIES}"
+    logger.info("message %s: %s", message.id, delivery)
+    try:
+        algorithm.channel.send(event)
+    except BrokenPipeError:
+        pass  # `answer` will say why
+    except RecursionError:
+        return Outcome("malformed: nested too deeply", is_final=True)
+    outcome = algorithm.answer(meanwhile=lambda: renew(queue, message))
+    if outcome.reason and not outcome.is_final:
+        is_last = message.deliveries >= MAX_DELIVERIES
+        then = "" if is_last else f"delivered again in {CLAIM_SECONDS} s, because it "
+        logger.error("message %s: %sfailed: %s", message.id, then, outcome.reason)
+    return outcome
 
 
 def parse(fields: dict[bytes, bytes]) -> dict[str, Any]:
     """Return the event in a message's fields; raise ValueError, which does not quote them."""
     try:
-        event = json.loads(fields[b"msg_data"].decode("utf-8"))
+        event = json.loads(fields[b"msg_data"].decode("utf-8"))  # json would take UTF-16 as well
     except (KeyError, ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
@@ -186,52 +246,43 @@ def parse(fields: dict[bytes, bytes]) -> dict[str, Any]:
     return event
 
 
-def run_algorithm(queue: redis.Redis, message_id: str, event: dict[str, Any]) -> None:
-    """Run `process_event` and renew the claim meanwhile; raise ProcessingError if it fails."""
-    succeeded, reason = False, "the algorithm did not finish"
-
-    def run() -> None:
-        nonlocal succeeded, reason
-        try:
-            process.check_that_it_ran(process.process_event(event))
-            succeeded = True
-        except BaseException as error:  # includes exit()
-            reason = process.describe(error)
-            unexpected = not isinstance(error, process.ProcessingError)  # logs a traceback at home
-            logger.error("message %s: failed: %s", message_id, reason, exc_info=unexpected)
-
-    # In its own thread, so a stop, which raises KeyboardInterrupt here, need not wait for it.
-    algorithm = threading.Thread(target=run, daemon=True)
-    algorithm.start()
-    renewed = time.monotonic()
-    # In steps, because another thread may get the signal, or a finalizer swallow the interrupt.
-    while algorithm.is_alive() and not stop_asked.is_set():
-        algorithm.join(timeout=0.2)
-        if time.monotonic() - renewed >= RENEW_SECONDS:
-            renewed = time.monotonic()
-            try:
-                queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message_id], justid=True)  # no delivery
-            except redis.RedisError as error:
-                logger.warning("message %s: claim not renewed: %s", message_id, error)
-    if not succeeded:
-        raise process.ProcessingError(reason)
+def log_prefix_of(event: dict[str, Any]) -> str:
+    """Return the event's `type`, or else its `trigger`, as "TYPE, "; or "". Up to 40 characters."""
+    for text in (event.get("type"), event.get("trigger")):
+        if isinstance(text, str) and text.strip():
+            return "".join(char if char.isprintable() else " " for char in text[:40]) + ", "
+    return ""
 
 
-def leave(queue: redis.Redis, message: Message, reason: str) -> None:
-    """Leave an unfinished message for a later run, or set it aside."""
-    create_group(queue)  # Redis may have lost its data
+def renew(queue: redis.Redis, message: Message) -> None:
+    """Renew the claim, which does not count as a delivery; a failure is only logged."""
+    try:
+        queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message.id], justid=True)
+    except redis.RedisError as error:
+        logger.warning("message %s: claim not renewed: %s", message.id, error)
+
+
+def leave(queue: redis.Redis, message: Message, outcome: Outcome, *, counts: bool = True) -> None:
+    """Leave an unfinished message for a later run, or set it aside.
+
+    If this delivery `counts`, a later run gets the message when the claim expires; if not, at once.
+    Does nothing if another run has taken the message over, or finished it.
+    """
+    create_group(queue)  # or XPENDING fails, if Redis has lost its data
     pending = queue.xpending_range(STREAM, GROUP, message.id, message.id, 1)
-    is_kept = bool(queue.xrange(STREAM, message.id, message.id))
-    # A takeover raises the number of deliveries; what another run has finished is not pending.
-    if pending[0]["times_delivered"] > message.deliveries if pending else is_kept:
+    is_in_stream = bool(queue.xrange(STREAM, message.id, message.id))
+    is_finished = is_in_stream and not pending
+    is_taken_over = bool(pending) and pending[0]["times_delivered"] > message.deliveries
+    if is_finished or is_taken_over:  # by another run, while this one was frozen
         logger.warning("message %s: another run has it, or it is finished", message.id)
-    elif not is_kept:
-        set_aside(queue, message, f"{reason}; no longer in the queue")
-    elif stop_asked.is_set():  # the next run gets it at once; this delivery does not count
+    elif not is_in_stream:
+        set_aside(queue, message, f"{outcome.reason}; no longer in the queue")
+    elif not counts:
         options = {"idle": int(CLAIM_SECONDS * 1000), "retrycount": message.deliveries - 1}
         queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message.id], justid=True, **options)
-    elif message.deliveries == MAX_DELIVERIES:
-        set_aside(queue, message, reason)
+    elif outcome.is_final or message.deliveries >= MAX_DELIVERIES:
+        set_aside(queue, message, outcome.reason)
+    # Otherwise a later run gets it when the claim expires.
 
 
 def set_aside(queue: redis.Redis, message: Message, reason: str) -> None:
@@ -245,55 +296,289 @@ def set_aside(queue: redis.Redis, message: Message, reason: str) -> None:
 
 def connect() -> redis.Redis:
     """Return a client of the queue, with verified TLS if TLS_CAFILE names a CA certificate."""
-    return redis.Redis(
+    return QueueClient(
         host=os.environ["REDIS_SERVICE_HOST"],
         port=int(os.environ["REDIS_SERVICE_PORT"]),
         ssl=bool(os.environ.get("TLS_CAFILE")),
         ssl_ca_certs=os.environ.get("TLS_CAFILE"),
         socket_timeout=SOCKET_TIMEOUT_SECONDS,
+        driver_info=None,  # saves 5 ms, in which redis-py would look up its own version
         retry=Retry(OutageBackoff(RETRY_PAUSE_SECONDS, base=0.1), RETRIES, OUTAGES),
     )
+
+
+class QueueClient(redis.Redis):
+    """A client that takes OUTAGE_REPLIES for an outage, so that the command is retried."""
+
+    def parse_response(self, *arguments: Any, **options: Any) -> Any:
+        """Return the reply to a command; raise redis.ConnectionError for OUTAGE_REPLIES."""
+        try:
+            return super().parse_response(*arguments, **options)
+        except redis.ResponseError as error:
+            if str(error).startswith(OUTAGE_REPLIES):
+                raise redis.ConnectionError(str(error)) from error
+            raise
 
 
 class OutageBackoff(ExponentialBackoff):
     """The pauses between retries of a Redis command; logs the second failure."""
 
     def compute(self, failures: int) -> float:
-        """Return the pause after so many failures, in seconds."""
+        """Return the pause in seconds; redis-py calls this while it handles the error."""
         if failures == 2:  # the first may only be a dropped connection
             logger.warning("Redis is unavailable: %s", sys.exc_info()[1])
         return super().compute(failures)
 
 
+# THE ALGORITHM'S PROCESS
+
+
+class Channel:
+    """One end of a connection between the two processes; it carries JSON texts, one on a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.lines = connection, connection.makefile("rb")
+
+    def send(self, value: Any) -> None:
+        """Send a value; raise BrokenPipeError if the other end is closed."""
+        self.connection.sendall(json.dumps(value).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """Wait for a value; raise EOFError if the other end is closed, or its process died."""
+        line = self.lines.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return json.loads(line)
+
+    def is_ready(self, seconds: float) -> bool:
+        """Wait for something to receive, or the end of the connection; return whether it came."""
+        return bool(select.select([self.connection], [], [], seconds)[0])
+
+    def close(self) -> None:
+        """Close this end."""
+        self.lines.close()
+        self.connection.close()
+
+
+class Algorithm:
+    """process.py in a child process, and the channel to it.
+
+    Forks by itself, because with multiprocessing a run would take 4% more CPU time.
+    """
+
+    status: int | None = None  # of the child process when it has ended; negative for a signal
+
+    def __init__(self) -> None:
+        self.channel, channel = map(Channel, socket.socketpair())
+        self.start(channel)
+
+    def start(self, channel: Channel) -> None:
+        """Fork the child process, which must happen before there are threads or connections."""
+        lifeline, parents_end = os.pipe()  # the child reads it until this process has died
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if SIG_IGN is inherited, the status is lost
+        gc.freeze()  # or the collector would write to, and so copy, the memory that both share
+        # Until the child has its own handlers and process group, a stop would be lost in it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.channel.close()
+                os.close(parents_end)
+                be_the_child(channel, lifeline)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)  # also after success: nobody looks at the status of what has answered
+        os.setpgid(self.pid, self.pid)  # in the child too: one of them is first
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        channel.close()
+        os.close(lifeline)
+        gc.enable()
+
+    def is_alive(self) -> bool:
+        """Return whether the child process is there."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is None
+
+    def answer(self, meanwhile: Callable[[], None] = lambda: None) -> Outcome:
+        """Wait for the outcome of the check before an event; the next time, for that of the event.
+
+        Calls `meanwhile` every RENEW_SECONDS. If the child process dies, the outcome says how. The
+        channel alone may not show that, because a process of the algorithm may hold it open.
+        """
+        while not self.channel.is_ready(RENEW_SECONDS) and self.is_alive():
+            meanwhile()
+        with contextlib.suppress(EOFError, OSError):
+            if self.channel.is_ready(0):
+                return Outcome(*self.channel.receive())
+        wait_until(lambda: not self.is_alive(), OWN_END_SECONDS)
+        if self.status is None:
+            return Outcome("process.py closed its channel")
+        # A look-up, because signal.Signals would raise for a real-time signal.
+        killed = {-number: f"killed by {number.name}" for number in signal.Signals}
+        return Outcome(f"process.py ended: {killed.get(self.status, f'status {self.status}')}")
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the child process, and what it has started and is still in its process group.
+
+        Unless `at_once`, it first gets a moment to exit by itself, so that pools remove their
+        temporary folders. Then come SIGTERM and, for what ignores that, SIGINT. SIGKILL follows
+        later, so that Python's resource tracker, which ignores both, removes semaphores and memory.
+        """
+        global is_ending
+        is_ending = True
+        if self.channel.connection.fileno() < 0:  # closed already, at the stop
+            return
+        self.channel.close()
+        if not at_once:
+            wait_until(lambda: not self.is_alive(), OWN_END_SECONDS)
+        for signal_number in STOP_SIGNALS:
+            self.signal_group(signal_number)
+        wait_until(self.is_gone, CLEAN_UP_SECONDS)
+        self.signal_group(signal.SIGKILL)
+        if self.is_alive():  # if it has left its group
+            os.kill(self.pid, signal.SIGKILL)
+
+    def signal_group(self, signal_number: int) -> None:
+        """Send a signal to the child process and those in its group, if any are left."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal_number)
+
+    def is_gone(self) -> bool:
+        """Return whether neither the child process nor another of its group is there."""
+        if self.is_alive():
+            return False
+        try:
+            with contextlib.suppress(ChildProcessError):  # PID 1 has to reap orphans
+                os.waitpid(-self.pid, os.WNOHANG)
+            os.killpg(self.pid, 0)
+        except OSError:
+            return True
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition holds, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def be_the_child(channel: Channel, lifeline: int) -> None:
+    """Import and run process.py, and keep what it and its own children print out of the log."""
+    os.setpgid(0, 0)  # so that one signal reaches all that the algorithm starts
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    with contextlib.suppress(RuntimeError):  # no thread can be started: the parent ends it
+        # Not a threading.Thread, which gevent's monkey patch in process.py would not survive.
+        _thread.start_new_thread(end_with_parent, (lifeline,))
+    # What the algorithm forks must not hold the channel open, or this one's death would not show.
+    os.register_at_fork(after_in_child=channel.close)
+    log = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    nowhere = os.fdopen(os.open(os.devnull, os.O_RDWR), "w", errors="backslashreplace")
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere.fileno(), descriptor)
+    sys.stdout = sys.stderr = nowhere  # takes any character, so that `print` never fails
+    start_logging(log)
+    try:
+        import process
+    except BaseException as error:
+        error = ImportError("process.py called exit()") if isinstance(error, SystemExit) else error
+        traceback.print_exception(error, file=log)  # which cannot quote data yet
+        log.flush()
+        channel.send(("", True))
+        return
+    gc.freeze()  # what is imported stays; looking through it for garbage would take 8 ms
+    gc.enable()
+    log_error = logging.getLogger("process").error
+    threading.excepthook = lambda args: log_error(process.describe_error(args.exc_value))
+    run_algorithm(channel)
+    # What multiprocessing does at the end of its own processes: end pools, remove their folders.
+    if util := sys.modules.get("multiprocessing.util"):
+        util._exit_function()
+    threading._shutdown()  # and what Python does at its end: end concurrent.futures' pools
+
+
+def end_with_parent(lifeline: int) -> None:
+    """Wait until the parent has died; then end this process, and those that it has started."""
+    os.read(lifeline, 1)
+    with contextlib.suppress(OSError):  # if it has left its group
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def run_algorithm(channel: Channel) -> None:
+    """Make the check before an event, then process the event that comes; send both outcomes."""
+    import process  # not above: the parent process does not import it
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Outcome:
+        try:
+            process.check_that_it_ran(function(*arguments))
+        except BaseException as error:  # includes exit()
+            if not isinstance(error, process.ProcessingError):
+                home_logger.error("not in the cage's log:", exc_info=True)
+            is_final = isinstance(error, process.EventRejected)
+            return Outcome(process.describe_error(error), is_final)
+        return Outcome()
+
+    with contextlib.closing(channel), contextlib.suppress(EOFError, OSError):  # the run ended
+        channel.send(call(process.check_before_event))
+        channel.send(call(process.process_event, channel.receive()))
+
+
+# THE LOG
+
+
 def start_logging(log: TextIO) -> None:
-    """Log this project's records; of an exception, only what `process.describe` returns."""
-    handler = logging.StreamHandler(log)
-    handler.addFilter(keep_data_out)
-    logging.basicConfig(format=LOG_FORMAT, handlers=[handler], level=LOG_LEVEL, force=True)
-    sys.excepthook = lambda _, error, traceback: logger.critical(process.describe(error))
-    threading.excepthook = lambda thread: logger.error(process.describe(thread.exc_value))
+    """Log what the template and the author log, but not what libraries do: it may quote data."""
+    handler = LogHandler(log)
+    handler.setFormatter(OneLineFormatter(LOG_FORMAT))
+    for name in ("index", "process"):  # not the root, whose handlers libraries replace
+        logging.getLogger(name).handlers = [handler]
+        logging.getLogger(name).setLevel(LOG_LEVEL)
 
 
-def keep_data_out(record: logging.LogRecord) -> bool:
-    """Remove the exception from a log record; return whether it is one of this project's."""
-    record.exc_info = record.exc_text = None
-    return record.name.partition(".")[0] in ("index", "process")
+class LogHandler(logging.StreamHandler):
+    """Writes the log. If nobody reads it, a stop does not wait."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; drop it if there is no room for it and a stop was asked for."""
+        while not select.select([], [self.stream], [], 0.1)[1]:
+            if stop_asked:
+                return
+        super().emit(record)
 
 
-def spare_children() -> None:
-    """Keep `stop` out of the children that the algorithm forks: a pool ends them with SIGTERM."""
-    hold = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
-    release = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for number in STOP_SIGNALS:
-        os.register_at_fork(after_in_child=functools.partial(signal.signal, number, signal.SIG_DFL))
-    # A signal that comes before the child has its own handler would be lost.
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release)
+class OneLineFormatter(logging.Formatter):
+    """Formats a record as one line, without its exception, which may quote user data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, up to the first line break in the message.
+
+        Also cut to 4,000 bytes: Linux writes 4,096 to a pipe in one piece, so that lines of the two
+        processes do not mix.
+        """
+        record.message = "".join(record.getMessage().splitlines()[:1])
+        record.asctime = self.formatTime(record)
+        line = self.formatMessage(record).encode("utf-8", "backslashreplace")
+        return line[:4000].decode("utf-8", "ignore")
+
+
+class LastingLogger(logging.Logger):
+    """A logger that libraries cannot silence, as dictConfig and logging.disable would do."""
+
+    disabled = property(lambda self: False, lambda self, value: None)
+
+    def isEnabledFor(self, level: int) -> bool:
+        """Return whether a record of this level is logged."""
+        return level >= self.getEffectiveLevel()
 
 
 if __name__ == "__main__":
-    start_logging(log)
-    spare_children()
-    status = main()
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(status)  # without waiting for what the algorithm has left
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    logging.setLoggerClass(LastingLogger)
+    start_logging(sys.stdout)
+    os._exit(main())  # at once: Python would take a tenth of a second to clean up
