@@ -1,20 +1,30 @@
-"""Promises 8 to 12: the users and the API."""
+"""Promises 11, 12 and 14 to 17: the users and the API."""
 
 import gzip
+import inspect
 import re
+import socket
 import ssl
+import sys
 import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 import process
+from process import DatavillageApi, for_each_user
 
-ANN, PUT_ANN = "GET activeUsers/ann/data", "PUT activeUsers/ann/inferences"
-NAMELESS = type("", (type,), {"__name__": property(lambda cls: 1 / 0)})("", (Exception,), {})
-UNREADABLE = type("Unreadable", (process.ProcessingError,), {"__str__": None})
+CALLS = {
+    "GET activeUsers": lambda: DatavillageApi().active_users(),
+    "GET activeUsers/ann/data": lambda: DatavillageApi().user_data("ann"),
+    "PUT activeUsers/ann/inferences": lambda: DatavillageApi().store("ann", "# Zoë"),
+    "POST /metrics": lambda: DatavillageApi().call("POST", "/metrics", b"[1]"),
+}
+LIST, GET_ANN, PUT_ANN, POST = CALLS
 
 
 def error_of(call, *arguments: object) -> str:
@@ -23,141 +33,234 @@ def error_of(call, *arguments: object) -> str:
     return str(caught.value)
 
 
-# 8 and 9: the users
-def test_results_come_in_the_order_of_the_users_and_failures_are_named(cage):
+def outcome(cage, line: str, answer: bytes) -> tuple[int, str]:
+    """Make a call that is always answered so; return the number of tries, and how it ended."""
+    cage.api.requests.clear()
+    cage.api.answers[line] = [answer] * 7
+    try:
+        CALLS[line]()
+    except process.ProcessingError as error:
+        return len(cage.api.requests), re.sub(r"^[A-Z]+ http\S+?:? ", "", str(error))
+    return len(cage.api.requests), "done"
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The pauses between the tries of a call, which then take no time."""
+    pauses: list[float] = []
+    clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic)
+    monkeypatch.setattr(process, "time", clock)
+    return pauses
+
+
+# 11 and 12: the users
+def test_results_come_in_the_order_of_the_users_each_worked_on_once():
+    is_fast = threading.Event()
+    work = {"slow": lambda: is_fast.wait(50), "fast": is_fast.set}
+    results = for_each_user(iter(["slow", "fast", "slow"]), lambda user_id: work[user_id]())
+    assert list(results.items()) == [("slow", True), ("fast", None)]
+
+
+def test_many_failed_users_stop_no_other_and_the_error_names_the_first_three():
     def work(user_id: str) -> str:
-        calls.append(user_id)
-        time.sleep(0.05 if user_id == "c" else 0)
-        if user_id.isdigit() or user_id == "bug":
-            raise UNREADABLE if user_id.isdigit() else NAMELESS
-        return user_id.upper()
+        time.sleep(0.1 * (user_id == "0"))  # the first user is not the first that fails
+        if user_id == "last":
+            return "done"
+        if user_id == "39":
+            sys.exit()
+        raise process.ProcessingError(f"no {user_id}")
 
-    calls: list[str] = []
-    users = ["c", "40", *map(str, range(30)), "b", "41", "a", "c", "0"]  # more fail than threads
-    results = process.for_each_user(iter(users), work, skip_failed=True)
-    assert list(results.items()) == [("c", "C"), ("b", "B"), ("a", "A")]
-    assert sorted(calls) == sorted({*users})
-    assert "INFO process 35 of 35 users, 32 failed" in cage.log
-    place = r"Unreadable at test_users_and_api\.py:\d+ work"
-    assert len(re.findall(rf"ERROR process user '\d+': {place}\n", cage.log)) == 32
-    named = "; ".join(f"'{number}': {place}" for number in (40, 0, 1))
-    error = error_of(process.for_each_user, users, work)
-    assert re.fullmatch(f"32 of 35 users failed: {named}; …", error)
-    error = error_of(process.for_each_user, ["40", "0", "1"], work)
-    assert re.fullmatch(f"3 of 3 users failed: {named}", error)
-    assert process.for_each_user([], work) == {}
-    with pytest.raises(ZeroDivisionError):  # a bug in the helpers is not a success
-        process.for_each_user(["bug"], work)
+    users = [*map(str, range(40)), "last"]
+    assert for_each_user(users, work, skip_failed=True) == {"last": "done"}
+    reasons = "'0': no 0; '1': no 1; '2': no 2; …"
+    assert error_of(for_each_user, users, work) == f"40 of 41 users failed: {reasons}"
+
+
+@pytest.mark.parametrize(("line", "number"), [("", 16), ("WORKERS = 4", 4)])
+def test_sixteen_users_or_as_many_as_the_author_says_are_in_progress(line, number):
+    def work(user_id: str) -> None:
+        all_are_there.wait()
+        threads.add(threading.current_thread())
+
+    text = inspect.getsource(process).replace("\n# YOUR ALGORITHM", f"\n{line}\n# YOUR", 1)
+    exec(compile(text, "process.py", "exec"), edited := {"__name__": "process"})
+    all_are_there, threads = threading.Barrier(number, timeout=20), set()
+    edited["for_each_user"](map(str, range(48)), work)
+    assert len(threads) == number
+
+
+def test_one_thread_is_enough_if_no_more_can_be_started_but_none_is_not(monkeypatch):
+    starts = [mock.Mock(side_effect=RuntimeError)] * 32 + [threading.Thread.start]
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: starts.pop()(thread))
+    users = list(map(str, range(40)))
+    assert len(for_each_user(users, int)) == 40
+    assert error_of(for_each_user, users, int).startswith("no thread could be started")
+
+
+def test_progress_is_logged_at_intervals_also_while_nothing_moves(cage):
     assert process.PROGRESS_SECONDS == 30
-    cage.patch.setattr(process, "PROGRESS_SECONDS", 0.05)
-    process.for_each_user(["a", "b"], lambda user_id: time.sleep(0.3 if user_id == "a" else 0))
-    assert cage.log.count("1 of 2 users, 0 failed") == 1  # it does not repeat itself
+    cage.patch.setattr(process, "PROGRESS_SECONDS", 0.1)
+    started = time.monotonic()
+    line = "0 of 1 users, 0 failed\n"
+    for_each_user(["hangs"], lambda user_id: cage.until(lambda: cage.log.count(line) >= 3))
+    assert time.monotonic() - started >= 0.3
 
 
-def test_sixteen_users_are_in_progress_on_connections_that_are_kept_and_one_is_computed(cage):
+async def coroutine(_: object) -> None:
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(("work", "kind"), [(coroutine, "coroutine"), (lambda _: (yield), "gen")])
+def test_work_that_never_ran_has_failed(cage, work, kind):
+    assert f"failed: 'ann': returned {kind}" in error_of(for_each_user, ["ann"], work)
+    assert error_of(DatavillageApi().store, "ann", work("ann")).startswith(f"returned {kind}")
+    cage.publish({})
+    assert cage.main(work) == 1
+    assert f"failed: returned {kind}" in cage.log
+
+
+def test_the_sample_fetches_for_many_users_at_a_time_and_computes_for_one(cage):
     def answer(request: str) -> None:
         if request.endswith("/data"):
             all_fetch.wait()
 
     def compute(user_id: str, data: str) -> str:
-        assert computing.acquire(blocking=False)
+        assert computing.acquire(blocking=False), "another user is computed"
         time.sleep(0.001)
         computing.release()
         return data
 
     all_fetch, computing = threading.Barrier(process.WORKERS, timeout=50), threading.Lock()
-    cage.api.answer = answer
-    cage.api.users = dict.fromkeys(map(str, range(48)), "")
+    cage.api.answer, cage.api.users = answer, dict.fromkeys(map(str, range(48)), "")
     cage.patch.setattr(process, "compute", compute)
     process.process_event({"userIds": []})
     assert cage.stored == {}
-    process.process_event({"userIds": list(cage.api.users)})
-    assert process.WORKERS == 16
+    process.process_event({"userIds": None})
     assert len(cage.stored) == 48
-    assert len(cage.api.clients) == 16
-
-
-def test_memory_does_not_grow_with_the_number_of_users_even_if_the_api_sets_cookies(cage):
-    data = cage.response(200, b"x" * 100_000, Set_Cookie="session=of-a-user; Max-Age=99")
-    users = list(map(str, range(300)))
-    cage.api.answers = {f"GET activeUsers/{user_id}/data": [data] for user_id in users}
-    client = process.DatavillageApi()
-    tracemalloc.start()
-    process.for_each_user(users, lambda user_id: len(client.user_data(user_id)))
-    assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    tracemalloc.stop()
-    client.store("ann", "")
-    assert not any("Cookie" in headers for headers in cage.api.headers)
+    assert len(cage.api.clients) == process.WORKERS  # connections are kept
 
 
 def test_the_larger_example_of_the_readme_works(cage):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"(?ms)^```python\n(def process_event.*?)^```", readme)
+    [example] = re.findall(r"(?ms)^```python\n((?:(?!^```).)*^def process_event.*?)^```", readme)
     exec(example, names := dict(vars(process)))
-    error = error_of(names["process_event"], {"userIds": ["ann", "eve"], "trigger": "full"})
-    assert error == "1 of 2 users failed: 'eve': no data"
+    event = {"type": "COMPARE", "userIds": ["ann", "eve"], "data": {"explain": True}}
+    assert error_of(names["process_event"], event) == "1 of 2 users failed: 'eve': no data"
     user = "<https://example.org/ann> <https://example.org/"
     assert cage.stored["ann", "inferences"] == f"{user}aboveAverage> false .\n"
-    assert cage.stored["ann", "explains"] == f"{user}average> 10.0 .\n"
 
 
-# 10: temporary errors
-OK = b"HTTP/1.1 200 -\r\nConnection: close\r\n"
-INCOMPLETE = (
-    b"",
-    b"no HTTP\r\n\r\n",
-    OK + b"Content-Length: 9\r\n\r\n# Ann",
-    OK + b"Content-Length: 99999999999999999999\r\n\r\n# Ann",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n# Ann\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n# Ann",
-    OK + b"Content-Encoding: gzip\r\n\r\n# Ann",
+# 14 and 15: what an answer means
+STATUSES = {
+    # The calls, the statuses, the number of tries.
+    "a temporary error": ((LIST, GET_ANN, PUT_ANN), (408, 429, 500, 503, 530), 6),
+    "a final error": (CALLS, (300, 302, 307, 400, 401, 403, 404), 1),
+    "no data": ((LIST, GET_ANN), (201, 204, 206), 1),
+    "a POST that did nothing": ((POST,), (429, 503), 6),
+    "a POST that may have arrived": ((POST,), (408, 500, 504), 1),
+}
+
+
+@pytest.mark.parametrize(("lines", "statuses", "tries"), STATUSES.values(), ids=STATUSES)
+def test_the_status_decides_whether_a_call_is_tried_six_times(cage, lines, statuses, tries):
+    for line in lines:
+        for status in statuses:
+            answer = cage.response(status, b'["secret"]', Location="/a")
+            assert outcome(cage, line, answer) == (tries, f"answered {status}")
+
+
+HEAD = b"HTTP/1.1 200 -\r\nConnection: close\r\n"
+INCOMPLETE = {
+    "nothing": b"",
+    "no HTTP": b"no HTTP\r\n\r\n",
+    "too short": HEAD + b"Content-Length: 9\r\n\r\n# Ann",
+    "bad chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n# Ann",
+    "no gzip": HEAD + b"Content-Encoding: gzip\r\n\r\n# Ann",
+}
+
+
+@pytest.mark.parametrize("answer", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_an_incomplete_answer_is_a_temporary_error_but_a_post_may_have_arrived(cage, answer):
+    for line, tries in ((GET_ANN, 6), (POST, 1)):
+        tried, error = outcome(cage, line, answer)
+        assert (tried, error.isalpha()) == (tries, True)
+
+
+@pytest.mark.parametrize(("line", "retries"), [(GET_ANN, 5), (PUT_ANN, 5), (POST, 0)])
+def test_a_late_answer_is_a_temporary_error_but_a_post_not_repeated(cage, pauses, line, retries):
+    assert DatavillageApi.TIMEOUT_SECONDS == (5, 60)
+    cage.patch.setattr(DatavillageApi, "TIMEOUT_SECONDS", (50, 0.05))
+    cage.api.answers[line] = [b"-later-" * 9] * 6
+    assert error_of(CALLS[line]).endswith(": ReadTimeout")
+    assert len(pauses) == retries
+
+
+NO_LIST = "answered no JSON array of strings"
+NO_DATA = [
+    ({"Content_Type": "TEXT/HTML; charset=utf-8"}, b'["a"]', "answered 200 with a web page"),
+    ({"Content_Type": "application/xhtml+xml"}, b'["a"]', "answered 200 with a web page"),
+    *[({}, body, NO_LIST) for body in (b"", b'{"a": 1}', b'["secret", 1]', b"[" * 100_000)],
+]
+
+
+@pytest.mark.parametrize(("headers", "body", "error"), NO_DATA)
+def test_a_web_page_or_another_json_is_no_list_of_users(cage, headers, body, error):
+    assert outcome(cage, LIST, cage.response(200, body, **headers)) == (1, error)
+
+
+def test_any_2xx_means_stored_even_if_the_answer_is_cut(cage):
+    for status in (200, 201, 204, 206):
+        for line in (PUT_ANN, POST):
+            answer = cage.response(status, b"<p>", Content_Type="text/html")
+            assert outcome(cage, line, answer) == (1, "done")
+    assert outcome(cage, PUT_ANN, cage.response(201, b"cut")[:-1]) == (1, "done")
+
+
+def test_the_pauses_between_tries_take_15_to_23_seconds_and_grow(cage, pauses):
+    cage.patch.setattr(DatavillageApi, "PAUSES_SECONDS", cage.pauses_seconds)
+    for _ in range(2):
+        outcome(cage, LIST, cage.response(500))
+    assert 15 <= sum(pauses[:5]) <= 23
+    assert pauses[:5] == sorted(pauses[:5])
+    assert pauses[0] < 1  # most errors pass at once
+    assert pauses[:5] != pauses[5:]  # so that users do not all try again at the same moment
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "shortest", "longest"),
+    [("7", 10, 15), ("20", 20, 20), ("61", 60, 60), ("-20", 10, 15), ("20.5", 10, 15)],
 )
+def test_a_pause_is_as_long_as_the_api_asks_up_to_a_minute(
+    cage, pauses, retry_after, shortest, longest
+):
+    cage.patch.setattr(DatavillageApi, "PAUSES_SECONDS", (10,))
+    outcome(cage, LIST, cage.response(503, Retry_After=retry_after))
+    assert shortest <= pauses[0] <= longest
 
 
-def calls() -> dict:
-    client = process.DatavillageApi()
-    return {
-        "GET activeUsers": client.active_users,
-        ANN: lambda: client.user_data("ann"),
-        PUT_ANN: lambda: client.store("ann", "# Zoë"),
-    }
-
-
-def test_temporary_errors_are_retried_five_times(cage):
-    temporary = [cage.response(status) for status in (408, 429, 500, 503, *range(520, 531))]
-    for line, call in calls().items():
-        for error in (*temporary, *INCOMPLETE[: 2 if line == PUT_ANN else None]):
-            cage.api.answers[line] = [error] * 5
-            call()
-            assert cage.api.answers[line] == []
-            cage.api.answers[line] = [error] * 7
-            assert re.fullmatch(r"\w+ http\S+( answered \d+|: \w+)", error_of(call))
-            assert len(cage.api.answers.pop(line)) == 1
-    assert cage.stored == {("ann", "inferences"): "# Zoë"}
-    assert process.TIMEOUT_SECONDS == (5, 60)
-    cage.patch.setattr(process, "TIMEOUT_SECONDS", (5, 0.1))
-    cage.api.held.add(ANN)
-    assert error_of(calls()[ANN]).endswith("/ann/data: ReadTimeout")
-
-
-def test_retries_take_at_least_15_seconds_and_as_long_as_the_api_asks(cage):
-    def seconds(*headers: dict[str, str]) -> float:
-        cage.api.answers["GET activeUsers"] = [cage.response(503, **more) for more in headers]
+@pytest.mark.parametrize("line", [PUT_ANN, POST])
+def test_a_connection_that_is_not_made_in_time_is_a_temporary_error(cage, pauses, line):
+    cage.patch.setattr(DatavillageApi, "TIMEOUT_SECONDS", (0.05, 9))
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        cage.patch.setenv("DV_URL", "http://127.0.0.1:{1}".format(*server.getsockname()))
+        waiting = [socket.socket() for _ in range(8)]  # fill the queue of a busy server
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
         started = time.monotonic()
-        process.DatavillageApi().active_users()
-        return time.monotonic() - started
+        assert error_of(CALLS[line]).endswith(": ConnectTimeout")
+    assert len(pauses) == 5
+    assert time.monotonic() - started < 9
 
-    assert (sum(cage.pauses_seconds), process.LONGEST_PAUSE_SECONDS) == (15, 60)
-    cage.patch.setattr(process, "LONGEST_PAUSE_SECONDS", 0.3)
-    cage.patch.setattr(process, "PAUSES_SECONDS", (0.2,) * 5)
-    assert 1 <= seconds(*[{}] * 5) < 2.5
-    cage.patch.setattr(process, "PAUSES_SECONDS", (0,) * 5)
-    for value in ("1", "60", "9" * 5_000):
-        assert 0.3 <= seconds({"Retry-After": value}) < 5, value
-    cage.patch.setattr(process, "LONGEST_PAUSE_SECONDS", 60)
-    for values in (("0", "", "-5", "1.5"), ("5s", "\xb2", "soon", "Fri, 31 Dec 2999 23:59:59 GMT")):
-        assert seconds(*({"Retry-After": value} for value in values)) < 5
-    assert 1 <= seconds({"Retry-After": "1"}, {}) < 1.9  # once
+
+@pytest.mark.parametrize("variable", ["DV_URL", "http_proxy"])
+def test_a_post_is_repeated_if_the_connection_is_refused(cage, pauses, variable):
+    cage.patch.setenv("DV_URL", "http://api.example")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        cage.patch.setenv(variable, "http://127.0.0.1:{1}".format(*closed.getsockname()))
+    error_of(CALLS[POST])
+    assert len(pauses) == 5
 
 
 def test_a_large_result_is_stored_over_a_slow_network(cage):
@@ -165,95 +268,130 @@ def test_a_large_result_is_stored_over_a_slow_network(cage):
         rest = int(handler.headers["Content-Length"])
         while rest:
             rest -= len(handler.rfile.read1(min(rest, 1_000_000)))
-            time.sleep(0.03)
+            time.sleep(0.02)
         handler.wfile.write(cage.response(200))
 
-    cage.patch.setattr(process, "TIMEOUT_SECONDS", (0.3, 50))
-    cage.patch.setattr(cage.api.RequestHandlerClass, "do_PUT", read_slowly)
-    process.DatavillageApi().store("ann", "x" * 20_000_000)
+    cage.patch.setattr(DatavillageApi, "TIMEOUT_SECONDS", (0.3, 50))
+    cage.patch.setattr(cage.api.RequestHandlerClass, "respond", read_slowly)
+    DatavillageApi().store("ann", "x" * 20_000_000)
 
 
-# 11: what counts as data, and as stored
-def test_a_200_that_is_no_web_page_is_data_and_any_2xx_means_stored(cage):
-    statuses = (200, 201, 202, 203, 204, 206, 300, 301, 302, 303, 304, 307, 400, 401, 403, 404, 410)
-    cases = [(status, {"Content-Type": "application/xhtml+xml"}) for status in statuses]
-    cases += [(200, {"Content-Type": "TEXT/HTML; a=b", "Content-Encoding": "gzip"})]
-    locations = ("/a", "http://[::1", "//\xff", "http://a:99999")
-    cases += [(302, {"Location": location}) for location in locations]
-    for line, call in calls().items():
-        for status, headers in cases:
-            cage.api.requests.clear()
-            cage.api.answers = {line: [cage.response(status, b"# secret", **headers)]}
-            if line == PUT_ANN and status < 300:
-                call()
-            else:
-                reason = f"answered {status}{' with a web page' if status == 200 else ''}"
-                assert re.fullmatch(rf"\w+ http\S+ {reason}", error_of(call))
-            assert cage.api.requests == [line]
-    cage.api.answers = {PUT_ANN: [cage.response(200, b"cut")[:-1]]}
-    calls()[PUT_ANN]()
-    assert cage.stored == {}
-    for body in (b"", b'{"a": "secret"}', b'["secret", 1]', b"[" * 100_000, b'["\xff"]'):
-        cage.api.answers = {"GET activeUsers": [cage.response(200, body)]}
-        error = error_of(calls()["GET activeUsers"])
-        assert error.endswith("/activeUsers answered no JSON array of strings")
+def test_no_cookie_of_one_user_is_sent_for_another(cage):
+    client = DatavillageApi()
+    cage.api.answers[GET_ANN] = [cage.response(200, Set_Cookie="session=of-ann; Path=/")]
+    client.user_data("ann")
+    client.user_data("ben")
+    assert [headers["Cookie"] for headers in cage.api.headers] == [None, None]
 
 
-def test_no_interim_response_gives_a_user_the_data_of_another(cage):
+def test_no_user_gets_the_answer_that_follows_an_interim_one(cage):
     users = cage.api.users = {f"user-{number}": f"# {number}" for number in range(60)}
     interim = b"HTTP/1.1 103 -\r\n\r\n-later-" + cage.response(200, b"# of another")
     for number in range(0, 60, 5):
         cage.api.answers[f"GET activeUsers/user-{number}/data"] = [interim]
-    data = process.for_each_user(users, process.DatavillageApi().user_data, skip_failed=True)
+    data = for_each_user(users, DatavillageApi().user_data, skip_failed=True)
     assert len(data) == 48
     assert data.items() <= users.items()
-    assert cage.log.count("/data answered 103") == 12
 
 
-# 12: IDs, text, and the environment
+# 16: IDs, text, and the environment
 def test_any_id_is_one_path_segment(cage):
-    client = process.DatavillageApi()
-    users = ["https://a.example/card#me", "a/b", "a?b", "../c", "%2e", " ", "Zoë", "佐\n江", "..."]
+    users = ["https://a.example/card#me", "a?b", "../c", "%2e", "Zoë", "佐\n江", "..."]
     cage.api.users = {user_id: f"# {user_id!r}" for user_id in users}
+    client = DatavillageApi()
     for user_id in client.active_users():
         client.store(user_id, client.user_data(user_id), "explains")
     assert cage.stored == {(user_id, "explains"): f"# {user_id!r}" for user_id in users}
-    for user_id in ("", ".", ".."):
-        for call, *more in ((client.user_data,), (client.store, "")):
-            assert error_of(call, user_id, *more) == f"'{user_id}' cannot be part of a URL"
+
+
+NOT_SENT = {
+    "'' cannot be part of a URL": lambda api: api.user_data(""),
+    "'.' cannot be part of a URL": lambda api: api.user_data("."),
+    "'..' cannot be part of a URL": lambda api: api.store("..", ""),
+    "the result is bytes, not str: make it a text": lambda api: api.store("ann", b""),
+    "'a' is not a path below DV_URL, such as '/a/b'": lambda api: api.call("GET", "a"),
+    "'//a' is not a path below DV_URL, such as '/a/b'": lambda api: api.call("GET", "//a"),
+    "the body is str, not bytes: encode it": lambda api: api.call("POST", "/a", "text"),
+}
+
+
+@pytest.mark.parametrize(("error", "call"), NOT_SENT.items(), ids=NOT_SENT)
+def test_what_the_client_rejects_is_not_sent(cage, error, call):
+    assert error_of(call, DatavillageApi()) == error
+    assert cage.api.headers == []
+
+
+def test_the_ids_of_client_and_application_are_one_path_segment_each(cage):
     cage.patch.setenv("DV_APP_ID", "app/1?")
     cage.patch.setenv("DV_CLIENT_ID", "client 1#")
-    error = error_of(process.DatavillageApi().active_users)
-    assert "/clients/client%201%23/applications/app%2F1%3F/activeUsers" in error
+    assert "/clients/client%201%23/applications/app%2F1%3F/activeUsers" in error_of(CALLS[LIST])
 
 
-def test_turtle_is_utf_8_in_both_directions_without_a_byte_order_mark(cage):
-    client = process.DatavillageApi()
-    kind = "text/turtle; charset=ascii"
-    marked = cage.response(200, "\ufeff# Zoë 佐".encode(), Content_Type=kind)
-    zipped = cage.response(200, gzip.compress("# Zoë 佐".encode()), Content_Encoding="gzip")
-    cage.api.answers[ANN] = [marked, zipped]
-    for _ in range(2):
-        client.store("ann", "\ufeff" + client.user_data("ann"))
-        assert cage.stored.popitem() == (("ann", "inferences"), "# Zoë 佐")
-    assert cage.api.headers[-1]["Content-Type"] == "text/turtle"
-    client.store("ann", "")
-    assert not any("Transfer-Encoding" in headers for headers in cage.api.headers)
-    for result in (None, b"", 1, [""]):
-        assert error_of(client.store, "ann", result).startswith("the result is ")
+def test_a_token_that_cannot_be_sent_is_a_final_error(cage, pauses):
+    cage.patch.setenv("DV_TOKEN", "secret\n")
+    assert error_of(CALLS[LIST]).endswith("/activeUsers: InvalidHeader")
+    assert pauses == []
 
 
-def test_proxy_and_ca_variables_are_honoured_and_netrc_is_not(cage, tmp_path):
-    netrc = "machine {} login somebody password else\n"
-    (tmp_path / ".netrc").write_text(netrc.format("api.example") + netrc.format("127.0.0.1"))
+def test_data_is_utf_8_without_a_byte_order_mark(cage):
+    body = gzip.compress("\ufeff# Zoë".encode())
+    headers = {"Content_Type": "text/plain; charset=latin-1", "Content_Encoding": "gzip"}
+    cage.api.answers[GET_ANN] = [cage.response(200, body, **headers)]
+    assert CALLS[GET_ANN]() == "# Zoë"
+
+
+@pytest.mark.parametrize("result", ["\ufeff# Zoë 佐", ""])
+def test_a_result_is_stored_as_turtle_without_a_byte_order_mark_in_the_second_try_too(cage, result):
+    cage.api.answers[PUT_ANN] = [cage.response(500)]
+    DatavillageApi().store("ann", result)
+    assert cage.stored == {("ann", "inferences"): result.lstrip("\ufeff")}
+    headers = cage.api.headers[-1]
+    assert (headers["Content-Type"], headers["Transfer-Encoding"]) == ("text/turtle", None)
+
+
+def test_a_proxy_is_honoured_but_netrc_is_not(cage, tmp_path):
+    (tmp_path / ".netrc").write_text("machine api.example login somebody password else\n")
     cage.patch.setenv("HOME", str(tmp_path))
     cage.patch.setenv("http_proxy", f"http://127.0.0.1:{cage.api.server_port}")
     cage.patch.setenv("DV_URL", "http://api.example/")
-    assert process.DatavillageApi().active_users() == ["ann", "ben"]
+    assert CALLS[LIST]() == ["ann", "ben"]  # with the token
+
+
+def test_ca_variables_are_honoured(cage):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cage.server.certificate)
     cage.api.socket = context.wrap_socket(cage.api.socket, server_side=True)
     cage.patch.setenv("DV_URL", f"https://127.0.0.1:{cage.api.server_port}")
-    assert error_of(process.DatavillageApi().active_users).endswith("/activeUsers: SSLError")
+    assert error_of(CALLS[LIST]).endswith("/activeUsers: SSLError")
     cage.patch.setenv("REQUESTS_CA_BUNDLE", str(cage.server.certificate))
-    assert process.DatavillageApi().active_users() == ["ann", "ben"]
+    assert CALLS[LIST]() == ["ann", "ben"]
+
+
+# 17: other calls
+BODIES = [((b"a", "text/plain"), "text/plain"), ((b"{}",), "application/json"), ((), None)]
+
+
+@pytest.mark.parametrize(("body", "kind"), BODIES)
+def test_a_call_reaches_any_other_endpoint_and_returns_the_answer(cage, body, kind):
+    cage.api.answers["PATCH /metrics?of=a/b"] = [cage.response(201, b"\xff")]
+    assert DatavillageApi().call("patch", "/metrics?of=a%2Fb", *body) == b"\xff"
+    assert [headers["Content-Type"] for headers in cage.api.headers] == [kind]
+
+
+def test_other_methods_are_repeated_after_any_temporary_error_but_a_patch_is_not(cage):
+    tries = dict.fromkeys(("GET", "PUT", "DELETE", "HEAD", "OPTIONS"), 6) | {"PATCH": 1}
+    for method, number in tries.items():
+        cage.api.requests.clear()
+        cage.api.answers[f"{method} /metrics"] = [cage.response(500)] * 7
+        error_of(DatavillageApi().call, method.lower(), "/metrics")
+        assert cage.api.requests == [f"{method} /metrics"] * number
+
+
+def test_memory_does_not_grow_with_the_number_of_users(cage):
+    cage.api.users = dict.fromkeys(map(str, range(150)), "x" * 100_000)
+    client = DatavillageApi()
+    tracemalloc.start()
+    for_each_user(cage.api.users, lambda user_id: len(client.user_data(user_id)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000  # of 15
