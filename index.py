@@ -55,6 +55,7 @@ OUTAGE_REPLIES = ("NOREPLICAS ", "MISCONF ", "BUSY ")  # temporary; redis-py has
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OWN_END_SECONDS = 0.5  # for the algorithm's process to end by itself
 CLEAN_UP_SECONDS = 1.2  # after SIGTERM, for what it has started, before SIGKILL
+LOGGERS = ("index", "process")  # what the log shows, with all whose names begin so and a dot
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 LOG_LEVEL = getattr(logging, os.environ.get("LOGLEVEL", "").upper(), logging.INFO)
 
@@ -489,7 +490,7 @@ def be_the_child(channel: Channel, lifeline: int) -> None:
         error = ImportError("process.py called exit()") if isinstance(error, SystemExit) else error
         traceback.print_exception(error, file=log)  # which cannot quote data yet
         log.flush()
-        channel.send(("", True))
+        channel.send(Outcome(is_final=True))
         return
     gc.freeze()  # what is imported stays; looking through it for garbage would take 8 ms
     gc.enable()
@@ -536,7 +537,7 @@ def start_logging(log: TextIO) -> None:
     """Log what the template and the author log, but not what libraries do: it may quote data."""
     handler = LogHandler(log)
     handler.setFormatter(OneLineFormatter(LOG_FORMAT))
-    for name in ("index", "process"):  # not the root, whose handlers libraries replace
+    for name in LOGGERS:  # not the root, whose handlers libraries replace
         logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).setLevel(LOG_LEVEL)
 

@@ -160,7 +160,7 @@ def test_cage_keeps_user_data_out_of_the_log(run_in_cage, monkeypatch, tmp_path)
         raise ValueError("Alice is 41")
 
     run_in_cage(process_event)
-    for name in ("index", "process"):
+    for name in index.LOGGERS:
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     with stand_in_cage({}) as cage, open(tmp_path / "log", "w+", encoding="utf-8") as log:
         index.start_logging(log)
@@ -193,7 +193,7 @@ def stand_in_cage(
     normal answer. `answers` takes the place of ANSWERS. Everything is restored at the end.
     """
     logging.disable(logging.NOTSET)  # in the cage too, no import can silence the log
-    for name in ("index", "process"):
+    for name in index.LOGGERS:
         logging.getLogger(name).disabled = False
     api = StandInApi(users, answer, ANSWERS if answers is None else answers)
     variables = {
