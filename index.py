@@ -17,8 +17,10 @@ if __name__ == "__main__":
 
 import _thread
 import contextlib
+import encodings.idna  # noqa: F401 - for addresses; later, both processes would import it: 2 ms
 import json
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -28,6 +30,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TextIO
 
 import redis
@@ -81,7 +84,7 @@ class Outcome(NamedTuple):
 
 
 def main() -> int:
-    """Process one event; return the exit status."""
+    """Check the variables and process one event; return the exit status."""
     global stop_asked, is_ending
     stop_asked = is_ending = False  # tests call this more than once
     names = (*API_VARIABLES, *REDIS_VARIABLES)
@@ -119,11 +122,13 @@ def stop(signal_number: int, frame: object) -> None:
 def run(queue: redis.Redis, algorithm: "Algorithm") -> int:
     """Take an event when the algorithm is ready, and handle it; return the exit status."""
     ready = algorithm.answer()
-    if ready.reason:
+    if ready.is_final:  # the reason is the traceback of the import, which cannot quote data yet
+        print(ready.reason, end="", flush=True)
+    elif ready.reason:
         logger.error("not started: %s", ready.reason)
-    elif not ready.is_final:  # otherwise, the log has the traceback of the import
-        if message := take(queue, algorithm):
-            return handle(queue, message, algorithm)
+    elif message := take(queue, algorithm):
+        return handle(queue, message, algorithm)
+    else:
         logger.error("no event taken: %s", algorithm.answer().reason)
     return 1
 
@@ -135,9 +140,9 @@ def take(queue: redis.Redis, algorithm: "Algorithm") -> Message | None:
     """
     logger.info("waiting for an event at %s:%s", *map(os.environ.get, REDIS_VARIABLES))
     create_group(queue)
-    while algorithm.is_alive():
+    while algorithm.process.is_alive():
         if message := take_abandoned(queue) or take_new(queue):
-            if algorithm.is_alive():
+            if algorithm.process.is_alive():
                 return message
             leave(queue, message, algorithm.answer(), counts=False)
     return None
@@ -192,7 +197,7 @@ def handle(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> int:
         outcome = work_on(queue, message, algorithm)
         is_ending = True  # from here on, a stop is only noted
     except KeyboardInterrupt:
-        algorithm.close(at_once=True)
+        algorithm.close()
         queue.connection_pool.disconnect()  # the stop may have come between a command and its reply
         leave(queue, message, Outcome("stopped"), counts=False)
         logger.warning("message %s: stopped", message.id)
@@ -334,74 +339,26 @@ class OutageBackoff(ExponentialBackoff):
 # THE ALGORITHM'S PROCESS
 
 
-class Channel:
-    """One end of a connection between the two processes; it carries JSON texts, one on a line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.lines = connection, connection.makefile("rb")
-
-    def send(self, value: Any) -> None:
-        """Send a value; raise BrokenPipeError if the other end is closed."""
-        self.connection.sendall(json.dumps(value).encode() + b"\n")
-
-    def receive(self) -> Any:
-        """Wait for a value; raise EOFError if the other end is closed, or its process died."""
-        line = self.lines.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
-        return json.loads(line)
-
-    def is_ready(self, seconds: float) -> bool:
-        """Wait for something to receive, or the end of the connection; return whether it came."""
-        return bool(select.select([self.connection], [], [], seconds)[0])
-
-    def close(self) -> None:
-        """Close this end."""
-        self.lines.close()
-        self.connection.close()
-
-
 class Algorithm:
-    """process.py in a child process, and the channel to it.
-
-    Forks by itself, because with multiprocessing a run would take 4% more CPU time.
-    """
-
-    status: int | None = None  # of the child process when it has ended; negative for a signal
+    """process.py in a child process, and the channel to it."""
 
     def __init__(self) -> None:
-        self.channel, channel = map(Channel, socket.socketpair())
+        self.channel, channel = multiprocessing.Pipe()
         self.start(channel)
 
-    def start(self, channel: Channel) -> None:
+    def start(self, channel: Connection) -> None:
         """Fork the child process, which must happen before there are threads or connections."""
-        lifeline, parents_end = os.pipe()  # the child reads it until this process has died
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(target=be_the_child, args=[channel, self.channel])
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if SIG_IGN is inherited, the status is lost
         gc.freeze()  # or the collector would write to, and so copy, the memory that both share
         # Until the child has its own handlers and process group, a stop would be lost in it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                self.channel.close()
-                os.close(parents_end)
-                be_the_child(channel, lifeline)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)  # also after success: nobody looks at the status of what has answered
-        os.setpgid(self.pid, self.pid)  # in the child too: one of them is first
+        self.process.start()
+        os.setpgid(self.process.pid, self.process.pid)  # in the child too: one of them is first
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         channel.close()
-        os.close(lifeline)
         gc.enable()
-
-    def is_alive(self) -> bool:
-        """Return whether the child process is there."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status is None
 
     def answer(self, meanwhile: Callable[[], None] = lambda: None) -> Outcome:
         """Wait for the outcome of the check before an event; the next time, for that of the event.
@@ -409,55 +366,55 @@ class Algorithm:
         Calls `meanwhile` every RENEW_SECONDS. If the child process dies, the outcome says how. The
         channel alone may not show that, because a process of the algorithm may hold it open.
         """
-        while not self.channel.is_ready(RENEW_SECONDS) and self.is_alive():
+        while not self.channel.poll(RENEW_SECONDS) and self.process.is_alive():
             meanwhile()
         with contextlib.suppress(EOFError, OSError):
-            if self.channel.is_ready(0):
-                return Outcome(*self.channel.receive())
-        wait_until(lambda: not self.is_alive(), OWN_END_SECONDS)
-        if self.status is None:
+            if self.channel.poll():
+                return Outcome(*self.channel.recv())
+        wait_until(lambda: not self.process.is_alive(), OWN_END_SECONDS)
+        status = self.process.exitcode
+        if status is None:
             return Outcome("process.py closed its channel")
-        # A look-up, because signal.Signals would raise for a real-time signal.
+        # A look-up, because signal.Signals(-status) would raise for a real-time signal.
         killed = {-number: f"killed by {number.name}" for number in signal.Signals}
-        return Outcome(f"process.py ended: {killed.get(self.status, f'status {self.status}')}")
+        return Outcome(f"process.py ended: {killed.get(status, f'status {status}')}")
 
-    def close(self, *, at_once: bool = False) -> None:
+    def close(self) -> None:
         """End the child process, and what it has started and is still in its process group.
 
-        Unless `at_once`, it first gets a moment to exit by itself, so that pools remove their
-        temporary folders. Then come SIGTERM and, for what ignores that, SIGINT. SIGKILL follows
-        later, so that Python's resource tracker, which ignores both, removes semaphores and memory.
+        Unless at a stop, it first gets a moment to exit by itself, so that pools remove their
+        temporary folders. Then come SIGTERM and, because some ignore that, SIGINT at once. SIGKILL
+        follows later: Python's resource tracker, which ignores both, removes semaphores and memory.
         """
         global is_ending
         is_ending = True
-        if self.channel.connection.fileno() < 0:  # closed already, at the stop
+        if self.channel.closed:  # `handle` has done all of this at a stop
             return
         self.channel.close()
-        if not at_once:
-            wait_until(lambda: not self.is_alive(), OWN_END_SECONDS)
+        if not stop_asked:
+            wait_until(lambda: not self.process.is_alive(), OWN_END_SECONDS)
         for signal_number in STOP_SIGNALS:
             self.signal_group(signal_number)
         wait_until(self.is_gone, CLEAN_UP_SECONDS)
         self.signal_group(signal.SIGKILL)
-        if self.is_alive():  # if it has left its group
-            os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()  # if it has left its group
+        self.process.join(OWN_END_SECONDS)  # before another run may have the event
 
-    def signal_group(self, signal_number: int) -> None:
-        """Send a signal to the child process and those in its group, if any are left."""
-        with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal_number)
+    def signal_group(self, signal_number: int) -> bool:
+        """Send a signal to the processes of the group; return whether there are any."""
+        try:
+            os.killpg(self.process.pid, signal_number)
+        except OSError:
+            return False
+        return True
 
     def is_gone(self) -> bool:
         """Return whether neither the child process nor another of its group is there."""
-        if self.is_alive():
+        if self.process.is_alive():
             return False
-        try:
-            with contextlib.suppress(ChildProcessError):  # PID 1 has to reap orphans
-                os.waitpid(-self.pid, os.WNOHANG)
-            os.killpg(self.pid, 0)
-        except OSError:
-            return True
-        return False
+        with contextlib.suppress(ChildProcessError):  # PID 1 has to reap orphans
+            os.waitpid(-self.process.pid, os.WNOHANG)
+        return not self.signal_group(0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -467,67 +424,62 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.002)
 
 
-def be_the_child(channel: Channel, lifeline: int) -> None:
+def be_the_child(channel: Connection, channel_of_parent: Connection) -> None:
     """Import and run process.py, and keep what it and its own children print out of the log."""
     os.setpgid(0, 0)  # so that one signal reaches all that the algorithm starts
     for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    channel_of_parent.close()
     with contextlib.suppress(RuntimeError):  # no thread can be started: the parent ends it
         # Not a threading.Thread, which gevent's monkey patch in process.py would not survive.
-        _thread.start_new_thread(end_with_parent, (lifeline,))
-    # What the algorithm forks must not hold the channel open, or this one's death would not show.
+        _thread.start_new_thread(end_with_parent, (multiprocessing.parent_process().sentinel,))
+    # What the algorithm forks must not hold the channel open, or the parent would not see this
+    # process die until it renews the claim.
     os.register_at_fork(after_in_child=channel.close)
-    log = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-    nowhere = os.fdopen(os.open(os.devnull, os.O_RDWR), "w", errors="backslashreplace")
+    start_logging(os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace"))
+    nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere.fileno(), descriptor)
-    sys.stdout = sys.stderr = nowhere  # takes any character, so that `print` never fails
-    start_logging(log)
+        os.dup2(nowhere, descriptor)
     try:
         import process
     except BaseException as error:
-        error = ImportError("process.py called exit()") if isinstance(error, SystemExit) else error
-        traceback.print_exception(error, file=log)  # which cannot quote data yet
-        log.flush()
-        channel.send(Outcome(is_final=True))
+        if isinstance(error, SystemExit):
+            error = ImportError("process.py called exit()")
+        channel.send(("".join(traceback.format_exception(error)), True))
         return
     gc.freeze()  # what is imported stays; looking through it for garbage would take 8 ms
     gc.enable()
     log_error = logging.getLogger("process").error
     threading.excepthook = lambda args: log_error(process.describe_error(args.exc_value))
     run_algorithm(channel)
-    # What multiprocessing does at the end of its own processes: end pools, remove their folders.
-    if util := sys.modules.get("multiprocessing.util"):
-        util._exit_function()
-    threading._shutdown()  # and what Python does at its end: end concurrent.futures' pools
 
 
-def end_with_parent(lifeline: int) -> None:
+def end_with_parent(sentinel: int) -> None:
     """Wait until the parent has died; then end this process, and those that it has started."""
-    os.read(lifeline, 1)
+    os.read(sentinel, 1)
     with contextlib.suppress(OSError):  # if it has left its group
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
 
-def run_algorithm(channel: Channel) -> None:
+def run_algorithm(channel: Connection) -> None:
     """Make the check before an event, then process the event that comes; send both outcomes."""
     import process  # not above: the parent process does not import it
 
-    def call(function: Callable[..., Any], *arguments: Any) -> Outcome:
+    def call(function: Callable[..., Any], *arguments: Any) -> tuple:
         try:
             process.check_that_it_ran(function(*arguments))
         except BaseException as error:  # includes exit()
             if not isinstance(error, process.ProcessingError):
                 home_logger.error("not in the cage's log:", exc_info=True)
             is_final = isinstance(error, process.EventRejected)
-            return Outcome(process.describe_error(error), is_final)
-        return Outcome()
+            return process.describe_error(error), is_final
+        return ()
 
     with contextlib.closing(channel), contextlib.suppress(EOFError, OSError):  # the run ended
-        channel.send(call(process.check_before_event))
-        channel.send(call(process.process_event, channel.receive()))
+        channel.send(call(process.check_before_event)[:1])  # no event, so nothing to set aside
+        channel.send(call(process.process_event, channel.recv()))
 
 
 # THE LOG
@@ -569,7 +521,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 class LastingLogger(logging.Logger):
-    """A logger that libraries cannot silence, as dictConfig and logging.disable would do."""
+    """A logger, for process.py, that dictConfig and logging.disable do not silence."""
 
     disabled = property(lambda self: False, lambda self, value: None)
 

@@ -10,10 +10,10 @@ import functools
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler
+from multiprocessing.connection import Connection
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 from types import FrameType
@@ -222,15 +223,12 @@ def stand_in_cage(
 class AlgorithmInThread(index.Algorithm):
     """process.py in a thread of this process, where a test can replace its functions."""
 
-    def start(self, channel: index.Channel) -> None:
+    def start(self, channel: Connection) -> None:
         """Start the thread."""
-        threading.Thread(target=index.run_algorithm, args=[channel], daemon=True).start()
+        self.process = threading.Thread(target=index.run_algorithm, args=[channel], daemon=True)
+        self.process.start()
 
-    def is_alive(self) -> bool:
-        """Return that this process is there."""
-        return True
-
-    def close(self, *, at_once: bool = False) -> None:
+    def close(self) -> None:
         """Leave the thread to itself."""
         self.channel.close()
 
@@ -434,15 +432,15 @@ def rehearse(users: dict[str, str], event: dict[str, Any], results: Path | None)
 
 def run_entry() -> int:
     """Run index.main in a thread, and the algorithm in the main thread, as in the cage."""
-    channel, channel_of_algorithm = map(index.Channel, socket.socketpair())
+    channel, channel_of_algorithm = multiprocessing.Pipe()
     statuses = [1]
 
     class AlgorithmInMainThread(AlgorithmInThread):
         def __init__(self) -> None:
-            self.channel = channel
+            self.channel, self.process = channel, threading.main_thread()
 
     def run_main() -> None:
-        with contextlib.closing(channel):  # which also ends the algorithm's wait for an event
+        with channel:  # whose end also ends the algorithm's wait for an event
             statuses.append(index.main())
 
     index.STOP_SIGNALS = ()  # Ctrl-C ends the rehearsal
