@@ -292,12 +292,17 @@ def leave(queue: redis.Redis, message: Message, outcome: Outcome, *, counts: boo
 
 
 def set_aside(queue: redis.Redis, message: Message, reason: str) -> None:
-    """Move a message to the dead letters, with the reason."""
+    """Move a message to the dead letters, with the reason; keep its first letter if it has two."""
     error = reason.encode("utf-8", "backslashreplace")
     letter = {**message.fields, b"error": error, b"message_id": message.id}
     queue.xadd(DEAD_LETTER_STREAM, letter, maxlen=DEAD_LETTER_LENGTH)
     queue.xack(STREAM, GROUP, message.id)
     logger.error("message %s: set aside in %s: %s", message.id, DEAD_LETTER_STREAM, reason)
+    # If a reply was lost, redis-py has repeated XADD. A run may also have died before its XACK.
+    latest = queue.xrevrange(DEAD_LETTER_STREAM, count=20)
+    same = [entry for entry, fields in latest if fields.get(b"message_id") == message.id.encode()]
+    for later_id in same[:-1]:
+        queue.xdel(DEAD_LETTER_STREAM, later_id)
 
 
 def connect() -> redis.Redis:
