@@ -84,7 +84,7 @@ class EventRejected(ProcessingError):
 def for_each_user(
     user_ids: Iterable[str], work: Callable[[str], Any], *, skip_failed: bool = False
 ) -> dict[str, Any]:
-    """Call `work` once for each user ID, in WORKERS threads or as many as can be started.
+    """Call `work` once for each user ID, in WORKERS threads or as many as the container allows.
 
     Returns the results by user ID, in the order of `user_ids`. Users whose work raises are logged.
     After the last user, raises ProcessingError if any failed; with `skip_failed`, leaves the failed
@@ -112,14 +112,15 @@ def for_each_user(
     def log_progress(in_progress: list[str]) -> None:
         done = len(results) + len(failed)
         text = f"{done:,} of {len(users):,} users, {len(failed):,} failed"
-        helpers_logger.info("%s", text, extra={"in_progress": in_progress})  # which shows at home
+        helpers_logger.info(text, extra={"in_progress": in_progress})  # which shows at home
 
-    threads = []
-    for _ in range(min(WORKERS, len(users))):
-        with contextlib.suppress(RuntimeError):  # the container allows no more threads
-            thread = threading.Thread(target=work_in_turn, daemon=True)
+    number = min(WORKERS, len(users))
+    threads = [threading.Thread(target=work_in_turn, daemon=True) for _ in range(number)]
+    with contextlib.suppress(RuntimeError):  # the container allows no more threads
+        for thread in threads:
             thread.start()
-            threads.append(thread)
+    if not any(thread.ident for thread in threads):  # nor a single one
+        work_in_turn()
     due = time.monotonic() + PROGRESS_SECONDS
     while alive := [thread for thread in threads if thread.is_alive()]:
         alive[0].join(max(0, due - time.monotonic()))
@@ -128,7 +129,7 @@ def for_each_user(
             due = time.monotonic() + PROGRESS_SECONDS
     log_progress([])
     if len(results) + len(failed) < len(users):
-        raise ProcessingError("no thread could be started, or one ended early")
+        raise ProcessingError("a thread ended early")  # because of a MemoryError
     if failed and not skip_failed:
         reasons = [f"{user_id!r}: {failed[user_id]}" for user_id in users if user_id in failed]
         shown = reasons if len(reasons) <= 3 else [*reasons[:3], "…"]
@@ -280,10 +281,8 @@ class DatavillageApi:
                 if (status == 200 and not is_page) or (wants != "data" and 200 <= status < 300):
                     return response.content
                 failure = f" answered {status}{' with a web page' if status == 200 else ''}"
-                was_not_processed, is_temporary = (
-                    status in (429, 503),
-                    status == 408 or status >= 500,
-                )
+                was_not_processed = status in (429, 503)
+                is_temporary = status == 408 or status >= 500
                 if (asked := response.headers.get("Retry-After", "")).isdecimal():
                     pause = min(int(asked[:9]), self.LONGEST_PAUSE_SECONDS)
         except Exception as error:
