@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def stop(signal_number: int, frame: object) -> None:
-    """Raise KeyboardInterrupt at the first signal, unless the run is about to end."""
+    """Raise KeyboardInterrupt at the first signal, unless the run ends anyway; note later ones."""
     global stop_asked, is_ending
     stop_asked = True
     if not is_ending:
@@ -120,7 +120,7 @@ def stop(signal_number: int, frame: object) -> None:
 
 
 def run(queue: redis.Redis, algorithm: "Algorithm") -> int:
-    """Take an event when the algorithm is ready, and handle it; return the exit status."""
+    """Take and handle an event when the algorithm is ready, or say why not; return the status."""
     ready = algorithm.answer()
     if ready.is_final:  # the reason is the traceback of the import, which cannot quote data yet
         print(ready.reason, end="", flush=True)
@@ -136,7 +136,7 @@ def run(queue: redis.Redis, algorithm: "Algorithm") -> int:
 def take(queue: redis.Redis, algorithm: "Algorithm") -> Message | None:
     """Wait for a message, as long as it takes; abandoned ones come before new ones.
 
-    Returns None if the algorithm's process dies meanwhile.
+    Returns None if the algorithm's process dies meanwhile, and gives back what came too late.
     """
     logger.info("waiting for an event at %s:%s", *map(os.environ.get, REDIS_VARIABLES))
     create_group(queue)
@@ -149,7 +149,7 @@ def take(queue: redis.Redis, algorithm: "Algorithm") -> Message | None:
 
 
 def create_group(queue: redis.Redis) -> None:
-    """Create the consumer group if it does not exist, with all events published before."""
+    """Create the consumer group, with all events published before, unless it exists."""
     try:
         queue.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
     except redis.OutOfMemoryError:
@@ -213,7 +213,8 @@ def handle(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> int:
 def work_on(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> Outcome:
     """Have the algorithm process a message, and renew the claim on it meanwhile.
 
-    A malformed message, or one that was delivered too often, is not handed over.
+    A malformed message, or one that was delivered too often, is not handed over. Logs the delivery
+    and the failure, but not a final one, which the dead letter's line names.
     """
     if message.deliveries > MAX_DELIVERIES:  # all of its runs died
         return Outcome(f"delivered {MAX_DELIVERIES} times, never acknowledged", is_final=True)
@@ -238,7 +239,7 @@ def work_on(queue: redis.Redis, message: Message, algorithm: "Algorithm") -> Out
 
 
 def parse(fields: dict[bytes, bytes]) -> dict[str, Any]:
-    """Return the event in a message's fields; raise ValueError, which does not quote them."""
+    """Return the event in a message's fields; raise ValueError, unquoted, if it is malformed."""
     try:
         event = json.loads(fields[b"msg_data"].decode("utf-8"))  # json would take UTF-16 as well
     except (KeyError, ValueError, RecursionError):
@@ -261,7 +262,7 @@ def log_prefix_of(event: dict[str, Any]) -> str:
 
 
 def renew(queue: redis.Redis, message: Message) -> None:
-    """Renew the claim, which does not count as a delivery; a failure is only logged."""
+    """Renew the claim, or take it back, without counting a delivery; a failure is only logged."""
     try:
         queue.xclaim(STREAM, GROUP, CONSUMER, 0, [message.id], justid=True)
     except redis.RedisError as error:
@@ -272,7 +273,8 @@ def leave(queue: redis.Redis, message: Message, outcome: Outcome, *, counts: boo
     """Leave an unfinished message for a later run, or set it aside.
 
     If this delivery `counts`, a later run gets the message when the claim expires; if not, at once.
-    Does nothing if another run has taken the message over, or finished it.
+    It is set aside if it is no longer in the queue, or if a delivery that counts was final or the
+    last one. Does nothing if another run has taken the message over, or finished it.
     """
     create_group(queue)  # or XPENDING fails, if Redis has lost its data
     pending = queue.xpending_range(STREAM, GROUP, message.id, message.id, 1)

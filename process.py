@@ -84,7 +84,7 @@ class EventRejected(ProcessingError):
 def for_each_user(
     user_ids: Iterable[str], work: Callable[[str], Any], *, skip_failed: bool = False
 ) -> dict[str, Any]:
-    """Call `work` once for each user ID, in WORKERS threads or as many as the container allows.
+    """Call `work` once for each user ID, in WORKERS threads, or in fewer if no more can be started.
 
     Returns the results by user ID, in the order of `user_ids`. Users whose work raises are logged.
     After the last user, raises ProcessingError if any failed; with `skip_failed`, leaves the failed
@@ -201,7 +201,7 @@ class DatavillageApi:
         self._adapter = HTTPAdapter(pool_maxsize=WORKERS)
 
     def check(self) -> None:
-        """Raise ProcessingError if the API is down, or rejects the token or the application."""
+        """Raise ProcessingError if the API is down, or knows no such token or application."""
         try:
             self.active_users()
         except DatavillageApiError as error:
@@ -246,7 +246,7 @@ class DatavillageApi:
         return self._call("anything", method.upper(), path, body, content_type if body else "")
 
     def _call(self, *request: Any) -> bytes:
-        """Make a request, and repeat it after a temporary error; takes what `_request` takes."""
+        """Make a request, and repeat it if its error allows that; takes what `_request` takes."""
         for pause in self.PAUSES_SECONDS:
             try:
                 return self._request(*request)
