@@ -81,6 +81,7 @@ class Outcome(NamedTuple):
 
     reason: str = ""
     is_final: bool = False  # a retry would fail again
+    traceback: str = ""  # of a failed import, which cannot quote data yet
 
 
 def main() -> int:
@@ -122,8 +123,8 @@ def stop(signal_number: int, frame: object) -> None:
 def run(queue: redis.Redis, algorithm: "Algorithm") -> int:
     """Take and handle an event when the algorithm is ready, or say why not; return the status."""
     ready = algorithm.answer()
-    if ready.is_final:  # the reason is the traceback of the import, which cannot quote data yet
-        print(ready.reason, end="", flush=True)
+    if ready.traceback:
+        print(ready.traceback, end="", flush=True)
     elif ready.reason:
         logger.error("not started: %s", ready.reason)
     elif message := take(queue, algorithm):
@@ -453,7 +454,7 @@ def be_the_child(channel: Connection, channel_of_parent: Connection) -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             error = ImportError("process.py called exit()")
-        channel.send(("".join(traceback.format_exception(error)), True))
+        channel.send(("", False, "".join(traceback.format_exception(error))))
         return
     gc.freeze()  # what is imported stays; looking through it for garbage would take 8 ms
     gc.enable()
@@ -485,7 +486,7 @@ def run_algorithm(channel: Connection) -> None:
         return ()
 
     with contextlib.closing(channel), contextlib.suppress(EOFError, OSError):  # the run ended
-        channel.send(call(process.check_before_event)[:1])  # no event, so nothing to set aside
+        channel.send(call(process.check_before_event))
         channel.send(call(process.process_event, channel.recv()))
 
 
